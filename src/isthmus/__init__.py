@@ -1,0 +1,55 @@
+"""Joins independently trained networks into one: trace, align, merge, repair, connect, explain."""
+
+from isthmus import average, match
+from isthmus.connect import Curve, Score, connect, evaluate
+from isthmus.errors import (
+    CheckpointError,
+    DataError,
+    InputError,
+    IsthmusError,
+    ModelError,
+    SymmetryError,
+    TraceError,
+    TransformError,
+)
+from isthmus.match import align
+from isthmus.merge import merge
+from isthmus.moments import Moments, collect
+from isthmus.repair import repair
+from isthmus.symmetry import Frozen, Group, Site, Space, Symmetry
+from isthmus.trace import Proof, trace, verify
+from isthmus.transform import Alignment, LinearMap, Permutation, apply
+
+__all__ = [
+    "Alignment",
+    "CheckpointError",
+    "Curve",
+    "DataError",
+    "Frozen",
+    "Group",
+    "InputError",
+    "IsthmusError",
+    "LinearMap",
+    "ModelError",
+    "Moments",
+    "Permutation",
+    "Proof",
+    "Score",
+    "Site",
+    "Space",
+    "Symmetry",
+    "SymmetryError",
+    "TraceError",
+    "TransformError",
+    "align",
+    "apply",
+    "average",
+    "collect",
+    "connect",
+    "evaluate",
+    "match",
+    "merge",
+    "repair",
+    "trace",
+    "verify",
+]

@@ -1,0 +1,46 @@
+"""What every way of averaging is: a configured object that turns aligned states into one state."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(eq=False)
+class Aligned:
+    """Models in one common frame, and what a way of averaging may use.
+
+    Attributes:
+        states: Every model's state dict in the common frame; floating-point tensors are at least float32.
+        coefficients: One weight a model, summing to one.
+        module: The architecture.
+        data: Re-iterable batches, or None.
+        base: The state of the models' common ancestor in the common frame, or None.
+        seed: Seeds everything random.
+    """
+
+    states: Sequence[State]
+    coefficients: Sequence[float]
+    module: nn.Module
+    data: Any = None
+    base: State | None = None
+    seed: int = 0
+
+
+class Average(Protocol):
+    """A way of averaging: a frozen dataclass whose fields are its options.
+
+    Attributes:
+        name: Its name in `AVERAGES`.
+        needs: What it needs beside the states: `""`, `"data"`, `"labels"` or `"base"`.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[str]
+
+    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+        """The averaged floating-point tensors."""
+        ...

@@ -1,0 +1,28 @@
+"""The weighted mean."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from isthmus.average.base import Aligned
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Σ c_m θ_m, tensor by tensor; sums are float64."""
+
+    name: ClassVar[str] = "mean"
+    needs: ClassVar[str] = ""
+
+    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+        """The weighted mean of every floating-point tensor."""
+        merged: dict[str, Tensor] = {}
+        for name, first in aligned.states[0].items():
+            if first.is_floating_point():
+                total = torch.zeros_like(first, dtype=torch.float64)
+                for coefficient, state in zip(aligned.coefficients, aligned.states, strict=True):
+                    total += coefficient * state[name].double()
+                merged[name] = total.to(first.dtype)
+        return merged

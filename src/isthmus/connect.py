@@ -1,0 +1,212 @@
+"""Connecting: loss and accuracy along the straight line between two models, and the barrier on it."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from isthmus.batches import check_data, read_batches
+from isthmus.errors import DataError, InputError, ModelError
+from isthmus.members import as_modules
+from isthmus.progress import progress
+from isthmus.repair import normalisation_layers, reset_statistics
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean loss and share of right predictions over `count` targets; accuracy is None where targets are no classes."""
+
+    loss: float
+    accuracy: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss and accuracy along the line from the first model (λ = 0) to the second (λ = 1).
+
+    Attributes:
+        lambdas: Where it was measured.
+        losses: Mean loss, statistics re-estimated at every λ if `repair` was "reset".
+        accuracies: Share of right predictions; empty where targets are no classes.
+        raw_losses: Mean loss with interpolated running statistics, as they are.
+        raw_accuracies: The accuracies of the raw curve.
+        repair: How statistics were mended along the line: "reset" or None.
+    """
+
+    lambdas: tuple[float, ...]
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    raw_losses: tuple[float, ...]
+    raw_accuracies: tuple[float, ...]
+    repair: str | None
+
+    @property
+    def barrier(self) -> float:
+        """Largest rise of the loss above the straight line between its ends, over all λ."""
+        return barrier_of(self.lambdas, self.losses)
+
+    @property
+    def error_barrier(self) -> float:
+        """Largest rise of the error (1 − accuracy) above the straight line between its ends, over all λ."""
+        return barrier_of(self.lambdas, [1 - a for a in self.accuracies])
+
+    @property
+    def midpoint_barrier(self) -> float:
+        """The rise of the loss above its ends' mean at λ = ½, which some papers tabulate; NaN if ½ was not measured."""
+        return rise_at_half(self.lambdas, self.losses)
+
+    @property
+    def midpoint_error_barrier(self) -> float:
+        """The rise of the error above its ends' mean at λ = ½; NaN if ½ was not measured."""
+        return rise_at_half(self.lambdas, [1 - a for a in self.accuracies])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain JSON values."""
+        barriers = ("barrier", "midpoint_barrier", "error_barrier", "midpoint_error_barrier")
+        return {**vars(self), **{name: getattr(self, name) for name in barriers}}
+
+
+def barrier_of(lambdas: Any, values: Any) -> float:
+    """Largest rise of `values` above the straight line between the first and the last; NaN without values."""
+    if not len(values):
+        return float("nan")
+    return max(v - ((1 - x) * values[0] + x * values[-1]) for x, v in zip(lambdas, values, strict=True))
+
+
+def rise_at_half(lambdas: Any, values: Any) -> float:
+    """The rise of `values` at ½ above the mean of the first and the last; NaN where there is none."""
+    if not len(values) or 0.5 not in lambdas:
+        return float("nan")
+    return values[list(lambdas).index(0.5)] - (values[0] + values[-1]) / 2
+
+
+def connect(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    data: Any,
+    points: int = 11,
+    repair: str | None = "reset",
+    calibration: Any = None,
+    *,
+    loss: Loss | None = None,
+) -> Curve:
+    """Loss and accuracy on `data` along the line (1 − λ)·A + λ·B, both models in one frame.
+
+    Args:
+        model_a: The model at λ = 0.
+        model_b: The model at λ = 1, as `apply` returned it.
+        data: Re-iterable labelled batches to score on.
+        points: How many λ, evenly spaced, both ends among them; an odd number includes λ = ½.
+        repair: `"reset"` re-estimates BatchNorm statistics at every λ; None leaves the interpolated ones.
+        calibration: Training data for `"reset"`, never the data that is scored on.
+        loss: Mean loss from outputs and targets; cross-entropy by default.
+
+    Raises:
+        DataError: Data without targets, empty, or readable only once; or no `calibration` for a network with BatchNorm.
+        InputError: Fewer than two points, or an unknown repair.
+        ModelError: The models are of different architecture.
+    """
+    if points < 2:
+        raise InputError(f"points={points}: a line needs its two ends at least")
+    if repair not in (None, "reset"):
+        raise InputError(f"repair={repair!r}: along a line, statistics are 'reset' or left as they are (None)")
+    check_data(data)
+    a, b = as_modules([model_a, model_b])
+    normalised = bool(normalisation_layers(a))
+    if repair == "reset" and normalised:
+        if calibration is None:
+            raise DataError("repair='reset' re-estimates BatchNorm statistics: give calibration=, or repair=None")
+        check_data(calibration)
+    lambdas = tuple(index / (points - 1) for index in range(points))
+    raw, mended = [], []
+    for x in progress(lambdas, "walking the line"):
+        model = interpolate(a, b, x)
+        raw.append(evaluate(model, data, loss=loss))
+        if repair == "reset" and normalised:
+            reset_statistics(model, calibration)
+            mended.append(evaluate(model, data, loss=loss))
+        else:
+            mended.append(raw[-1])
+    return Curve(
+        lambdas=lambdas,
+        losses=tuple(score.loss for score in mended),
+        accuracies=tuple(score.accuracy for score in mended if score.accuracy is not None),
+        raw_losses=tuple(score.loss for score in raw),
+        raw_accuracies=tuple(score.accuracy for score in raw if score.accuracy is not None),
+        repair=repair if normalised else None,
+    )
+
+
+def interpolate(a: nn.Module, b: nn.Module, x: float) -> nn.Module:
+    """A new module with the weights (1 − x)·A + x·B, integer buffers from A."""
+    model = copy.deepcopy(a).eval()
+    left, right = a.state_dict(), b.state_dict()
+    mixed = {
+        name: torch.lerp(tensor.float(), right[name].float(), x).to(tensor.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in left.items()
+    }
+    model.load_state_dict(mixed)
+    return model
+
+
+def evaluate(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:
+    """Mean loss and accuracy of a model, in `eval()`, on labelled batches.
+
+    Raises:
+        DataError: Data without targets, empty, or readable only once.
+        ModelError: The outputs are no class scores and no `loss` was given.
+    """
+    modules = as_modules([model])
+    state = modules[0].state_dict()
+    reference = next(t for t in state.values() if t.is_floating_point())
+    total, right, count, classes = 0.0, 0, 0, True
+    for batch in read_batches(data):
+        if batch.targets is None:
+            raise DataError("the data has no targets: scoring a model needs batches (x, y)")
+        batch = batch.to(reference.device, reference.dtype)
+        with torch.no_grad():
+            output = modules[0](*batch.args, **batch.kwargs)
+        size = batch.targets.numel() if isinstance(batch.targets, Tensor) else batch.size
+        mean = loss(output, batch.targets) if loss is not None else cross_entropy(output, batch.targets)
+        total += float(mean) * size
+        scores = class_scores(output)
+        if scores is not None and isinstance(batch.targets, Tensor) and scores.shape[:-1] == batch.targets.shape:
+            right += int((scores.argmax(dim=-1) == batch.targets).sum())
+        else:
+            classes = False
+        count += size
+    return Score(total / count, right / count if classes else None, count)
+
+
+def class_scores(output: Any) -> Tensor | None:
+    """The class scores in a model's output, classes last: a tensor, the first of a tuple, or the entry `logits`."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) and output.ndim >= 2 else None
+
+
+def cross_entropy(output: Any, targets: Any) -> Tensor:
+    """Mean cross-entropy of class scores, computed in float32 at least.
+
+    Raises:
+        ModelError: The output holds no class scores for these targets.
+    """
+    scores = class_scores(output)
+    fits = isinstance(targets, Tensor) and not targets.is_floating_point()
+    if scores is None or not fits or scores.shape[:-1] != targets.shape:
+        shape = tuple(scores.shape) if scores is not None else type(output).__name__
+        told = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        raise ModelError(f"outputs {shape} are no class scores for targets {told}: give loss=, a function of both")
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return F.cross_entropy(scores.reshape(-1, scores.shape[-1]), targets.reshape(-1).long())

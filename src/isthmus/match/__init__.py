@@ -1,0 +1,65 @@
+"""Matching methods by name, and `align`, which runs one.
+
+A method is one file with a frozen dataclass, and one line in `METHODS`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from isthmus.batches import check_data
+from isthmus.errors import DataError
+from isthmus.match.activation_matching import ActivationMatching
+from isthmus.match.base import Match, Problem
+from isthmus.match.identity import Identity
+from isthmus.match.weight_matching import WeightMatching
+from isthmus.members import as_modules
+from isthmus.moments import symmetry_of
+from isthmus.registry import configure
+from isthmus.symmetry import Symmetry
+from isthmus.transform import Alignment
+
+__all__ = ["METHODS", "ActivationMatching", "Identity", "Match", "Problem", "WeightMatching", "align"]
+
+METHODS: dict[str, type[Match]] = {
+    "identity": Identity,
+    "weight_matching": WeightMatching,
+    "activation_matching": ActivationMatching,
+}
+
+
+def align(
+    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    symmetry: Symmetry | None = None,
+    method: str | Match = "weight_matching",
+    data: Any = None,
+    seed: int = 0,
+    *,
+    inputs: tuple[Any, ...] | None = None,
+    module: nn.Module | None = None,
+) -> Alignment:
+    """One transform per space and model that carries all models into a common frame, that of the first.
+
+    Args:
+        models: Modules or state dicts of one architecture; at least one must be a module, or `module` given.
+        symmetry: What `trace` returned; found from `inputs` or the data's first batch if left out.
+        method: A name in `METHODS`, or a configured method such as `isthmus.match.WeightMatching(restarts=10)`.
+        data: Re-iterable batches, for methods that need them.
+        seed: The same inputs and seed give the same alignment.
+        inputs: Example inputs for tracing.
+        module: The architecture, where all models are state dicts.
+
+    Raises:
+        DataError: The method needs data and got none it can use.
+        InputError: No models, an unknown method, or no way to find the symmetry.
+        ModelError: The models are not of one architecture, or hold NaN or infinite weights.
+    """
+    configured = configure("matching method", method, METHODS) if isinstance(method, str) else method
+    if configured.needs and data is None:
+        raise DataError(f"{configured.name} needs data: give data=, unlabelled batches are enough")
+    if data is not None:
+        check_data(data)
+    modules = as_modules(models, module)
+    symmetry = symmetry_of(modules[0], symmetry, inputs, data)
+    return configured(Problem(modules, symmetry, data, seed))

@@ -1,0 +1,69 @@
+"""What every matching method is: a configured object that turns a problem into an alignment."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from isthmus.moments import Moments, collect
+from isthmus.symmetry import Symmetry
+from isthmus.transform import Alignment, Permutation, Transform
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(eq=False)
+class Problem:
+    """Models to align, and what a method may use to do it.
+
+    Attributes:
+        models: The models, of one architecture, in `eval()`.
+        symmetry: Their spaces.
+        data: Re-iterable batches, or None.
+        seed: Seeds everything random.
+    """
+
+    models: Sequence[nn.Module]
+    symmetry: Symmetry
+    data: Any = None
+    seed: int = 0
+
+    @property
+    def states(self) -> list[State]:
+        """Every model's state dict."""
+        return [model.state_dict() for model in self.models]
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of the tensors that are trained: running statistics and other buffers are not."""
+        return frozenset(name for name, _ in self.models[0].named_parameters())
+
+    def moments(self, at: str) -> Moments:
+        """Moments of the activations of all models on the data.
+
+        Raises:
+            DataError: There is no data, or it cannot be read.
+        """
+        return collect(self.models, self.symmetry, self.data, at=at)
+
+
+class Match(Protocol):
+    """A matching method: a frozen dataclass whose fields are its options.
+
+    Attributes:
+        name: The method's name in `METHODS`.
+        needs: What it needs beside the weights: `""`, `"data"`, `"labels"` or `"gradients"`.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[str]
+
+    def __call__(self, problem: Problem) -> Alignment:
+        """The alignment of all models of the problem; model 0 does not move unless the method says otherwise."""
+        ...
+
+
+def identity_transforms(symmetry: Symmetry) -> dict[str, Transform]:
+    """Transforms that move nothing."""
+    return {space.name: Permutation.identity(space) for space in symmetry}

@@ -1,0 +1,20 @@
+"""No matching: every model stays as it is."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from isthmus.match.base import Problem, identity_transforms
+from isthmus.transform import Alignment
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Leaves every model as it is: the naive average, which all methods are measured against."""
+
+    name: ClassVar[str] = "identity"
+    needs: ClassVar[str] = ""
+
+    def __call__(self, problem: Problem) -> Alignment:
+        """The alignment that moves nothing."""
+        transforms = tuple(identity_transforms(problem.symmetry) for _ in problem.models)
+        return Alignment(problem.symmetry, transforms, method=self.name)

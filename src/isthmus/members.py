@@ -1,0 +1,37 @@
+"""The models that are to be joined: modules or state dicts of one architecture, checked once."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from isthmus.checkpoint import check_state
+from isthmus.errors import InputError
+
+
+def as_modules(models: Sequence[nn.Module | Mapping[str, Tensor]], module: nn.Module | None = None) -> list[nn.Module]:
+    """All models as modules in `eval()`, sharing no state with one another that the caller does not share already.
+
+    Modules are used as they are, but copied if they are in training mode; state dicts are loaded into copies of the first
+    module, or of `module`.
+
+    Raises:
+        InputError: No models, or only state dicts and no module.
+        ModelError: A model is of another architecture, or holds NaN or infinite weights.
+    """
+    if not models:
+        raise InputError("no models: give at least one")
+    architecture = module if module is not None else next((m for m in models if isinstance(m, nn.Module)), None)
+    if architecture is None:
+        raise InputError("only state dicts were given: give module= too, a model of their architecture")
+    modules: list[nn.Module] = []
+    for index, model in enumerate(models):
+        state = model.state_dict() if isinstance(model, nn.Module) else model
+        checked = check_state(state, architecture, f"model {index}")
+        if isinstance(model, nn.Module) and not any(part.training for part in model.modules()):
+            modules.append(model)
+        else:
+            loaded = copy.deepcopy(model if isinstance(model, nn.Module) else architecture)
+            loaded.load_state_dict(checked)
+            modules.append(loaded.eval())
+    return modules

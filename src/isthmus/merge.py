@@ -1,0 +1,115 @@
+"""Merging: models in a common frame become one."""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.average import AVERAGES
+from isthmus.average.base import Aligned, Average
+from isthmus.errors import DataError, InputError
+from isthmus.members import as_modules
+from isthmus.registry import configure
+from isthmus.symmetry import Symmetry
+from isthmus.transform import Alignment, LinearMap, Transforms, move_state
+
+
+def merge(
+    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    alignment: Alignment | None = None,
+    average: str | Average = "mean",
+    coefficients: Sequence[float] | None = None,
+    data: Any = None,
+    base: nn.Module | Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    *,
+    module: nn.Module | None = None,
+) -> nn.Module:
+    """A new module: the models carried into the common frame of the alignment and averaged there.
+
+    Computed in float32 at least and cast to the first model's dtypes. Integer buffers are copied from the first model.
+    Where a running variance met a linear map it is reset to one, and `merged.needs_repair` is True: the model must not
+    be used before `repair`. `merged.needs_repair` is False otherwise.
+
+    Args:
+        models: Modules or state dicts of one architecture.
+        alignment: What `align` returned for them, in the same order; None averages them as they are.
+        average: A name in `AVERAGES`, or a configured way of averaging.
+        coefficients: One weight a model; they are scaled to sum to one. None weighs all alike.
+        data: Re-iterable batches, for averages that need them.
+        base: The common ancestor, for averages that need it; it must lie in the common frame.
+        seed: Seeds averages that draw random numbers.
+        module: The architecture, where all models are state dicts.
+
+    Raises:
+        DataError: The average needs data and got none.
+        InputError: Unequal numbers of models, transforms and coefficients, a missing base, or an unknown average.
+        ModelError: The models are not of one architecture, or hold NaN or infinite weights.
+        TransformError: The alignment does not fit the models.
+    """
+    modules = as_modules(models, module)
+    configured = configure("average", average, AVERAGES) if isinstance(average, str) else average
+    if configured.needs == "base" and base is None:
+        raise InputError(f"{configured.name} needs base=, the models' common ancestor: models of other seeds have none")
+    if configured.needs in ("data", "labels") and data is None:
+        raise DataError(f"{configured.name} needs data: give data=")
+    if alignment is not None and len(alignment) != len(modules):
+        raise InputError(f"{len(modules)} models, but the alignment holds {len(alignment)}: give the aligned models, in order")
+    weights = check_coefficients(coefficients, len(modules))
+    states = [upcast(model.state_dict()) for model in modules]
+    needs_repair = False
+    if alignment is not None:
+        needs_repair = any(meets_variance(t, alignment.symmetry) for t in alignment.transforms)
+        states = [
+            move_state(state, transforms, alignment.symmetry, reset_variances=True)
+            for state, transforms in zip(states, alignment.transforms, strict=True)
+        ]
+    base_state = None if base is None else upcast(as_modules([base], modules[0])[0].state_dict())
+    merged = configured(Aligned(states, weights, modules[0], data, base_state, seed))
+    return finish(modules[0], merged, needs_repair)
+
+
+def check_coefficients(coefficients: Sequence[float] | None, models: int) -> list[float]:
+    """One weight a model, summing to one.
+
+    Raises:
+        InputError: The wrong number of coefficients, NaN or infinite ones, or a sum of zero.
+    """
+    if coefficients is None:
+        return [1 / models] * models
+    if len(coefficients) != models:
+        raise InputError(f"{len(coefficients)} coefficients for {models} models: give one a model")
+    total = math.fsum(coefficients)
+    if not math.isfinite(total) or total == 0:
+        raise InputError(f"coefficients {list(coefficients)}: they must be finite and not sum to zero")
+    return [value / total for value in coefficients]
+
+
+def upcast(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with floating-point tensors in float32 at least."""
+    return {
+        name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
+
+
+def meets_variance(transforms: Transforms, symmetry: Symmetry) -> bool:
+    """Whether some running variance is to be moved by a linear map, under which it is undefined."""
+    return any(
+        isinstance(transforms[space.name], LinearMap) and any(site.role == "variance" for site in space.sites)
+        for space in symmetry
+    )
+
+
+def finish(architecture: nn.Module, merged: Mapping[str, Tensor], needs_repair: bool) -> nn.Module:
+    """A copy of the architecture with the merged tensors, in its own dtypes, in `eval()`."""
+    model = copy.deepcopy(architecture).eval()
+    state = model.state_dict()
+    model.load_state_dict({name: merged[name].to(old.dtype) if name in merged else old for name, old in state.items()})
+    model.needs_repair = needs_repair  # type: ignore[assignment]
+    return model
+
+

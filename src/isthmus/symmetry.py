@@ -1,0 +1,239 @@
+"""What a network's symmetry is: its spaces, and every place where a tensor touches one."""
+
+import enum
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from isthmus.errors import SymmetryError
+
+
+class Group(enum.Enum):
+    """How much may be done to a space's units without changing the function, from least to most."""
+
+    PERMUTATION = "permutation"
+    ORTHOGONAL_FIXING_ONES = "orthogonal fixing ones"
+    ORTHOGONAL = "orthogonal"
+    INVERTIBLE = "invertible"
+
+
+ROLES = ("vector", "covector", "variance")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where a tensor touches a space.
+
+    Attributes:
+        parameter: Name of the parameter or buffer in the state dict.
+        dims: The tensor's dimensions that the space's units lie along; usually one.
+        positions: Indices into the flattened `dims`: entry `[c, i, r]` is the r-th place of unit i of copy c.
+        role: `"vector"` moves with T, `"covector"` with T⁻¹, `"variance"` is permuted and undefined under other maps.
+    """
+
+    parameter: str
+    dims: tuple[int, ...]
+    positions: Int[np.ndarray, "copies size repeat"]
+    role: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise SymmetryError(f"role {self.role!r} of {self.parameter}: use one of {', '.join(ROLES)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """A hidden axis whose units may be re-labelled: every permutation of it keeps the network's function.
+
+    Attributes:
+        name: The module that produces the units, made unique.
+        size: Units in one copy.
+        group: The largest group known to keep the function.
+        sites: Every place where a parameter or buffer touches the space.
+        parent: Name of the space whose units are this space's copies (heads of head units), or None.
+        copies: Independent copies, each with its own permutation; 1 unless the space is nested.
+    """
+
+    name: str
+    size: int
+    group: Group
+    sites: tuple[Site, ...]
+    parent: str | None = None
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Units that cannot move, and why.
+
+    Attributes:
+        parameter: The tensor whose units these are.
+        dim: Its dimension, or the dimensions joined by a comma.
+        units: How many of its units are frozen.
+        operation: The operation that froze them, or "" for an input, an output or a structural reason.
+        module: Path of the module in which that operation runs.
+        reason: One sentence.
+        expected: False where an operation without a rule, or an irregular pattern, lost symmetry.
+    """
+
+    parameter: str
+    dim: str
+    units: int
+    operation: str
+    module: str
+    reason: str
+    expected: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Symmetry:
+    """All spaces of a model, parents before their children.
+
+    Attributes:
+        spaces: Only what can move; inputs, outputs and frozen axes are absent.
+        frozen: What cannot move, with reasons.
+        shapes: Shape of every tensor of the state dict.
+        tied: Names that are a second name of another tensor, mapped to that tensor's first name.
+        untouched: Floating-point tensors that no traced operation reads.
+        program: The captured graph, from which activations are read; None after loading from JSON.
+    """
+
+    spaces: tuple[Space, ...]
+    frozen: tuple[Frozen, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    untouched: tuple[str, ...] = ()
+    program: Any = field(default=None, repr=False)
+
+    def __getitem__(self, name: str) -> Space:
+        for space in self.spaces:
+            if space.name == name:
+                return space
+        raise SymmetryError(f"no space {name!r}: the spaces are {', '.join(s.name for s in self.spaces) or 'none'}")
+
+    def __iter__(self) -> Iterator[Space]:
+        return iter(self.spaces)
+
+    def __len__(self) -> int:
+        return len(self.spaces)
+
+    def children(self, space: Space) -> tuple[Space, ...]:
+        """The spaces nested directly inside `space`."""
+        return tuple(child for child in self.spaces if child.parent == space.name)
+
+    @property
+    def free_units(self) -> int:
+        """Number of units that can move, all copies counted."""
+        return sum(space.copies * space.size for space in self.spaces)
+
+    @property
+    def sites(self) -> dict[str, list[tuple[Space, Site]]]:
+        """Every touched tensor's sites, parents before children."""
+        found: dict[str, list[tuple[Space, Site]]] = {}
+        for space in self.spaces:
+            for site in space.sites:
+                found.setdefault(site.parameter, []).append((space, site))
+        return found
+
+    def to_json(self) -> str:
+        """The symmetry without its graph, as JSON text; the same symmetry gives the same text."""
+        return json.dumps(
+            {
+                "spaces": [
+                    {
+                        "name": space.name,
+                        "size": space.size,
+                        "copies": space.copies,
+                        "parent": space.parent,
+                        "group": space.group.value,
+                        "sites": [
+                            {
+                                "parameter": site.parameter,
+                                "dims": list(site.dims),
+                                "role": site.role,
+                                "positions": encode_positions(site.positions),
+                            }
+                            for site in space.sites
+                        ],
+                    }
+                    for space in self.spaces
+                ],
+                "frozen": [vars(item) for item in self.frozen],
+                "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+                "tied": dict(self.tied),
+                "untouched": list(self.untouched),
+            },
+            sort_keys=True,
+        )
+
+    @staticmethod
+    def from_json(text: str) -> "Symmetry":
+        """The symmetry written by `to_json`.
+
+        Raises:
+            SymmetryError: The text is not a symmetry.
+        """
+        try:
+            data = json.loads(text)
+            spaces = tuple(
+                Space(
+                    name=space["name"],
+                    size=space["size"],
+                    copies=space["copies"],
+                    parent=space["parent"],
+                    group=Group(space["group"]),
+                    sites=tuple(
+                        Site(site["parameter"], tuple(site["dims"]), decode_positions(site["positions"]), site["role"])
+                        for site in space["sites"]
+                    ),
+                )
+                for space in data["spaces"]
+            )
+            return Symmetry(
+                spaces=spaces,
+                frozen=tuple(Frozen(**item) for item in data["frozen"]),
+                shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
+                tied=data["tied"],
+                untouched=tuple(data["untouched"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise SymmetryError(
+                f"this JSON is not a symmetry ({error}): write it again with Symmetry.to_json"
+            ) from error
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what a transform depends on: the spaces and their sites."""
+        content = json.loads(self.to_json())
+        return hashlib.sha256(json.dumps(content["spaces"], sort_keys=True).encode()).hexdigest()
+
+
+def encode_positions(positions: Int[np.ndarray, "copies size repeat"]) -> dict[str, Any]:
+    """Positions as a small JSON value: a start and three strides where they are regular, else the whole list."""
+    shape = positions.shape
+    start = int(positions[0, 0, 0]) if positions.size else 0
+    strides = [
+        int(np.take(positions, 1, axis)[(0, 0)] - start) if length > 1 else 0 for axis, length in enumerate(shape)
+    ]
+    if np.array_equal(positions, regular_positions(shape, start, strides)):
+        return {"shape": list(shape), "start": start, "strides": strides}
+    return {"shape": list(shape), "values": positions.ravel().tolist()}
+
+
+def decode_positions(data: Mapping[str, Any]) -> Int[np.ndarray, "copies size repeat"]:
+    """The positions that `encode_positions` wrote."""
+    shape = tuple(data["shape"])
+    if "values" in data:
+        return np.asarray(data["values"], dtype=np.int64).reshape(shape)
+    return regular_positions(shape, data["start"], data["strides"])
+
+
+def regular_positions(shape: tuple[int, ...], start: int, strides: list[int]) -> Int[np.ndarray, "copies size repeat"]:
+    """Positions that advance by one fixed stride along each of the three axes."""
+    grids = np.indices(shape, dtype=np.int64)
+    return start + np.tensordot(np.asarray(strides, dtype=np.int64), grids, axes=1)

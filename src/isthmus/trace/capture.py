@@ -1,0 +1,168 @@
+"""Capture: a module and its inputs become one graph of operations, with the names of its tensors."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from isthmus.errors import InputError, ModelError, TraceError
+
+
+@dataclass(eq=False)
+class Program:
+    """A captured graph.
+
+    Attributes:
+        exported: What `torch.export` returned.
+        module: The module it was captured from, sharing its tensors, in `eval()`.
+        args: The example's positional inputs.
+        kwargs: The example's keyword inputs.
+        parameters: Graph placeholders that are parameters or persistent buffers, with their state-dict names.
+        constants: Graph placeholders that are constants, with their numbers.
+        inputs: Names of the placeholders that are the model's inputs, in order.
+    """
+
+    exported: ExportedProgram
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    parameters: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    _recaptured: dict[tuple[Any, ...], "Program"] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of aten operations."""
+        return self.exported.graph
+
+    def for_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Program":
+        """The same graph captured for inputs of another batch size; node names are the same.
+
+        Raises:
+            TraceError: The graph is another one at this size, so that what was traced does not hold for it.
+        """
+        shapes = input_shapes(args, kwargs)
+        if shapes == input_shapes(self.args, self.kwargs):
+            return self
+        if shapes not in self._recaptured:
+            other = capture(self.module, args, kwargs)
+            if [(n.name, n.target) for n in self.graph.nodes] != [(n.name, n.target) for n in other.graph.nodes]:
+                own = input_shapes(self.args, self.kwargs)
+                raise TraceError(
+                    f"on inputs of shape {shapes} the model runs other operations than on {own}: trace it on those"
+                )
+            self._recaptured[shapes] = other
+        return self._recaptured[shapes]
+
+
+def input_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """Shapes of all input tensors, in order."""
+    return tuple(tuple(x.shape) for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor))
+
+
+def share_structure(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every tensor with the original, in `eval()` mode."""
+    tensors = [*model.parameters(), *model.buffers()]
+    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return shared.eval()
+
+
+def capture(
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> Program:
+    """The model's graph on example inputs; the model is left as it was.
+
+    Args:
+        model: A module, or a program that was exported from one in `eval()`.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+
+    Raises:
+        InputError: No example input was given.
+        TraceError: `torch.export` cannot capture the model on these inputs; the message names the line.
+    """
+    kwargs = dict(kwargs or {})
+    if isinstance(model, ExportedProgram):
+        return describe(model, model.module(), args, kwargs)
+    if not args and not kwargs:
+        raise InputError("no example input: give trace one batch of inputs, as the model's forward takes them")
+    structure = share_structure(model)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(structure, args, kwargs, strict=False)
+    except Exception as error:  # torch.export raises many types; all of them mean that the graph cannot be had
+        raise TraceError(f"the model cannot be captured: {first_line(error)}") from error
+    return describe(exported, structure, args, kwargs)
+
+
+def describe(exported: ExportedProgram, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+    """The program with its placeholders sorted into parameters, constants and inputs."""
+    program = Program(exported, module, args, kwargs)
+    for spec in exported.graph_signature.input_specs:
+        name = getattr(spec.arg, "name", "")
+        if spec.kind == InputKind.PARAMETER:
+            program.parameters[name] = str(spec.target)
+        elif spec.kind == InputKind.BUFFER and spec.persistent:
+            tensor = exported.state_dict[str(spec.target)]
+            if tensor.is_floating_point():
+                program.parameters[name] = str(spec.target)
+            else:
+                program.constants[name] = tensor
+        elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            program.constants[name] = exported.constants[str(spec.target)]
+        elif spec.kind == InputKind.USER_INPUT:
+            program.inputs.append(name)
+    return program
+
+
+def first_line(error: BaseException) -> str:
+    """The first telling line of an error's message, with the line of the user's code where torch names one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[0] if lines else type(error).__name__
+    where = next((line for line in lines if line.startswith("File ") or "user code" in line.lower()), "")
+    return f"{type(error).__name__}: {told}" + (f" ({where})" if where and where != told else "")
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module in which a node runs."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def tied_names(model: nn.Module | ExportedProgram) -> dict[str, str]:
+    """Names of the state dict that are a second name of another tensor, mapped to that tensor's first name."""
+    if isinstance(model, ExportedProgram):
+        model = model.module()
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        first.setdefault(id(tensor), name)
+    return tied
+
+
+def state_tensors(model: nn.Module | ExportedProgram) -> dict[str, Tensor]:
+    """Every tensor of the state dict.
+
+    Raises:
+        ModelError: A state-dict entry is no dense floating-point or integer tensor.
+    """
+    state = model.state_dict
+    tensors: dict[str, Tensor] = dict(state() if callable(state) else state)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.is_quantized or tensor.layout != torch.strided:
+            raise ModelError(
+                f"{name} is no dense tensor (quantised or sparse): convert the model to plain floating point"
+            )
+    return tensors

@@ -1,0 +1,513 @@
+"""Labels: which unit sits at each position of a traced value, and what combining two values says about units.
+
+Every index of every parameter dimension is a *unit* with an integer id. A value carries *layers*: integer arrays
+of unit ids, broadcastable to its shape. Together the layers identify a position: two positions with the same labels
+hold the same number. A symmetry moves units, and with them the positions that they label; so wherever two labels meet
+on one axis, the pairs that occur there must be carried to pairs that occur there. `Units.relate` draws the conclusions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+Labels = Int[np.ndarray, "..."]
+Ids = Int[np.ndarray, " _"]
+
+# A position that no label distinguishes in this layer: the value there is the same whatever unit it might carry.
+WILDCARD = -1
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why units cannot move; the first reason that froze a unit is the one reported."""
+
+    operation: str
+    module: str
+    text: str
+    expected: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A traced tensor.
+
+    Attributes:
+        shape: Its concrete shape.
+        layers: Label arrays with as many dimensions as the value, each of size 1 where the labels do not vary.
+        constant: Its numbers, where they do not depend on parameters or inputs.
+        source: The parameter that it is a view of, if it is one.
+    """
+
+    shape: tuple[int, ...]
+    layers: tuple[Labels, ...] = ()
+    constant: Tensor | None = None
+    source: str | None = None
+
+
+def support(layer: Labels) -> tuple[int, ...]:
+    """The dimensions along which a layer varies."""
+    return tuple(d for d, size in enumerate(layer.shape) if size > 1)
+
+
+def compress(layer: Labels) -> Labels:
+    """The layer with every dimension along which it is constant reduced to size 1."""
+    for d, size in enumerate(layer.shape):
+        if size > 1:
+            first = layer.take([0], axis=d)
+            if (layer == first).all():
+                layer = first
+    return np.ascontiguousarray(layer)
+
+
+def broadcast_to_support(layers: Sequence[Labels]) -> list[Labels]:
+    """The layers broadcast against one another and flattened."""
+    return [array.ravel() for array in np.broadcast_arrays(*layers)]
+
+
+def lift(layer: Labels, ndim: int) -> Labels:
+    """The layer with leading dimensions of size 1 added until it has `ndim`."""
+    return layer.reshape((1,) * (ndim - layer.ndim) + layer.shape)
+
+
+class Units:
+    """All units of a trace: which are one and the same, which are inside which, and which cannot move."""
+
+    def __init__(self) -> None:
+        self._root = np.empty(0, dtype=np.int64)
+        self._reason = np.empty(0, dtype=np.int64)  # index into reasons, or -1 where the unit can move
+        self._level = np.empty(0, dtype=np.int8)  # evidence against richer groups, see GROUPS in spaces.py
+        self.contracted = np.empty(0, dtype=bool)
+        self.kept = np.empty(0, dtype=bool)
+        self.size = 0
+        self.reasons: list[Reason] = [Reason("", "", "position fixed by an operation (spatial, time, batch or slot)")]
+        self.relations: list[tuple[Ids, Ids]] = []  # (children, parents): the first move with, and inside, the second
+        self.occurrences: list[Labels] = []
+        self.place: tuple[str, str] = ("", "")  # operation and module path that rules are working for, for reasons
+        self._rigid = np.empty(0, dtype=np.int64)
+
+    def fresh(self, count: int) -> Ids:
+        """New units that can move."""
+        ids = np.arange(self.size, self.size + count)
+        self.size += count
+        if self.size > len(self._root):
+            more = max(self.size, 2 * len(self._root)) - len(self._root)
+            self._root = np.concatenate([self._root, np.arange(len(self._root), len(self._root) + more)])
+            self._reason = np.concatenate([self._reason, np.full(more, -1)])
+            self._level = np.concatenate([self._level, np.zeros(more, dtype=np.int8)])
+            self.contracted = np.concatenate([self.contracted, np.zeros(more, dtype=bool)])
+            self.kept = np.concatenate([self.kept, np.zeros(more, dtype=bool)])
+        return ids
+
+    def rigid(self, count: int) -> Ids:
+        """The first `count` of the units that stand for fixed positions; they are shared by all values."""
+        if count > len(self._rigid):
+            more = self.fresh(count - len(self._rigid))
+            self._reason[more] = 0
+            self._rigid = np.concatenate([self._rigid, more])
+        return self._rigid[:count]
+
+    def find(self, ids: Labels) -> Labels:
+        """The representative of each unit; wildcards stay."""
+        roots = np.where(ids == WILDCARD, WILDCARD, self._root[ids])
+        while True:
+            higher = np.where(roots == WILDCARD, WILDCARD, self._root[roots])
+            if np.array_equal(higher, roots):
+                break
+            roots = higher
+        known = ids != WILDCARD
+        self._root[ids[known]] = roots[known]
+        return roots
+
+    def is_frozen(self, ids: Labels) -> Bool[np.ndarray, "..."]:
+        """Whether each unit is fixed; wildcards count as fixed."""
+        roots = self.find(ids)
+        return (roots == WILDCARD) | (self._reason[roots] >= 0)
+
+    def reason(self, unit: int) -> Reason | None:
+        """Why a unit is fixed, or None where it can move."""
+        index = int(self._reason[self.find(np.array([unit]))[0]])
+        return None if index < 0 else self.reasons[index]
+
+    def freeze(self, ids: Labels, text: str, *, expected: bool = True) -> None:
+        """Fixes units, for a reason found at the current place."""
+        roots = np.unique(self.find(ids.ravel()))
+        roots = roots[roots != WILDCARD]
+        roots = roots[self._reason[roots] < 0]
+        if len(roots):
+            self._reason[roots] = len(self.reasons)
+            self.reasons.append(Reason(*self.place, text, expected))
+
+    def limit(self, ids: Labels, level: int) -> None:
+        """Records evidence that units allow no richer group than that of `level`."""
+        ids = ids[ids != WILDCARD]
+        self._level[ids] = np.maximum(self._level[ids], level)
+
+    def levels(self) -> Int[np.ndarray, " units"]:
+        """The strongest evidence against richer groups, at each representative."""
+        levels = np.zeros(self.size, dtype=np.int64)
+        np.maximum.at(levels, self.find(np.arange(self.size)), self._level[: self.size])
+        return levels
+
+    def unite(self, left: Ids, right: Ids) -> None:
+        """Makes units one and the same, pair by pair; a unit that meets a fixed one is fixed."""
+        left, right = self.find(left), self.find(right)
+        left, right = left[left != right], right[left != right]
+        for mine, other in ((left, right), (right, left)):
+            held = (self._reason[other] >= 0) & (self._reason[mine] < 0)
+            if held.any():
+                self._hold(mine[held], other[held])
+        movable = (self._reason[left] < 0) & (self._reason[right] < 0)
+        left, right = left[movable], right[movable]
+        if len(np.unique(np.concatenate([left, right]))) == 2 * len(left):
+            self._root[np.maximum(left, right)] = np.minimum(left, right)
+            return
+        for pair in zip(left.tolist(), right.tolist(), strict=True):
+            roots = self.find(np.array(pair))
+            self._root[roots.max()] = roots.min()
+
+    def _hold(self, units: Ids, holders: Ids) -> None:
+        """Fixes units that met fixed ones, for the holders' reason where they have one of their own."""
+        reasons = self._reason[holders]
+        if (reasons == 0).any():
+            reasons = np.where(reasons == 0, len(self.reasons), reasons)
+            self.reasons.append(Reason(*self.place, "meets an axis that is fixed there"))
+        self._reason[units] = reasons
+
+    def relate(self, left: Labels, right: Labels) -> None:
+        """Draws the conclusions from two layers that label the same value.
+
+        The pairs of labels that occur are split into connected components. A component with one label on either side
+        says that the two are the same unit; one against many, that the many are inside the one; many against many,
+        all pairs present, that both are inside a common block. Where every pair occurs, nothing follows. Anything else
+        is no symmetry that permutations of units can express, and the units are fixed.
+        """
+        if left is right:
+            return
+        pairs = broadcast_to_support([left, right])
+        a, b = self.find(pairs[0]), self.find(pairs[1])
+        known = (a != WILDCARD) & (b != WILDCARD)
+        if not known.any():
+            return
+        pairs_found = np.unique(a[known] * self.size + b[known])
+        a, b = pairs_found // self.size, pairs_found % self.size
+        if self.is_frozen(a).all() and self.is_frozen(b).all():
+            return
+        self.relate_pairs(a, b)
+
+    def relate_pairs(self, a: Ids, b: Ids) -> None:
+        """As `relate`, from distinct pairs of representatives."""
+        a_ids, a_index = np.unique(a, return_inverse=True)
+        b_ids, b_index = np.unique(b, return_inverse=True)
+        if len(a) == len(a_ids) * len(b_ids) and len(a) > 1:
+            if len(a_ids) == 1:
+                self._nest(b, a)
+            elif len(b_ids) == 1:
+                self._nest(a, b)
+            return
+        nodes = len(a_ids) + len(b_ids)
+        graph = coo_matrix((np.ones(len(a)), (a_index, len(a_ids) + b_index)), shape=(nodes, nodes))
+        count, member = connected_components(graph, directed=False)
+        a_count = np.bincount(member[: len(a_ids)], minlength=count)
+        b_count = np.bincount(member[len(a_ids) :], minlength=count)
+        component = member[a_index]
+        pair_count = np.bincount(component, minlength=count)
+        complete = pair_count == a_count * b_count
+        broken = ~complete[component]
+        if broken.any():
+            text = "pairs of units meet in a pattern that no permutation of either keeps"
+            self.freeze(np.concatenate([a[broken], b[broken]]), text, expected=False)
+        same = (complete & (a_count == 1) & (b_count == 1))[component]
+        inside_a = (complete & (a_count == 1) & (b_count > 1))[component]
+        inside_b = (complete & (a_count > 1) & (b_count == 1))[component]
+        blocks = complete & (a_count > 1) & (b_count > 1)
+        if inside_a.any():
+            self._nest(b[inside_a], a[inside_a])
+        if inside_b.any():
+            self._nest(a[inside_b], b[inside_b])
+        if blocks.any():
+            block = np.zeros(count, dtype=np.int64)
+            block[blocks] = self.fresh(int(blocks.sum()))
+            chosen = blocks[component]
+            for units in (a, b):
+                found = np.unique(np.stack([units[chosen], block[component[chosen]]]), axis=1)
+                self._nest(found[0], found[1])
+        self.unite(a[same], b[same])
+
+    def _nest(self, children: Ids, parents: Ids) -> None:
+        other = children != parents
+        children, parents = children[other], parents[other]
+        if not len(children):
+            return
+        fixed = self.is_frozen(parents)
+        if fixed.any():
+            # Fixed positions share their ids; a position of this relation must not be taken for one of another.
+            ids, index = np.unique(parents[fixed], return_inverse=True)
+            stand_ins = self.fresh(len(ids))
+            self._reason[stand_ins] = 0
+            parents[fixed] = stand_ins[index]
+        self.relations.append((children, parents))
+
+    def occur(self, layer: Labels) -> None:
+        """Records that the units of a layer occur at one place of the graph, which tells them from all others."""
+        self.occurrences.append(layer)
+
+
+def simplify(units: Units, layers: Sequence[Labels]) -> tuple[Labels, ...]:
+    """The layers without those that another layer determines."""
+    layers = join_fixed(units, list(layers))
+    if len(layers) < 2:
+        return tuple(layers)
+    roots = [units.find(layer) for layer in layers]
+    supports = [set(support(layer)) for layer in layers]
+    wild = [int((layer == WILDCARD).sum()) for layer in layers]
+    distinct = [len(np.unique(root)) for root in roots]
+    # Coarse layers and those with wildcards are tried for removal first, so that the telling ones stay.
+    order = sorted(range(len(layers)), key=lambda k: (wild[k] == 0, distinct[k], -k))
+    alive = set(range(len(layers)))
+    for k in order:
+        for other in sorted(alive - {k}):
+            if supports[k] <= supports[other] and determines(roots[other], roots[k], distinct[other], units.size):
+                alive.remove(k)
+                break
+    return tuple(layers[k] for k in sorted(alive))
+
+
+def join_fixed(units: Units, layers: list[Labels]) -> list[Labels]:
+    """The layers with those of fixed positions that overlap made into one."""
+    fixed = [layer for layer in layers if units.is_frozen(layer).all()]
+    others = [layer for layer in layers if not any(layer is x for x in fixed)]
+    while fixed:
+        one = fixed.pop(0)
+        partner = next((x for x in fixed if set(support(x)) & set(support(one))), None)
+        if partner is None:
+            others.append(one)
+        else:
+            fixed = [x for x in fixed if x is not partner]
+            fixed.append(join(units, [one, partner]))
+    return others
+
+
+def determines(fine: Labels, coarse: Labels, distinct: int, size: int) -> bool:
+    """Whether each label of `fine` occurs with one label of `coarse` only."""
+    if fine.shape == coarse.shape and np.array_equal(fine, coarse):
+        return True
+    a, b = broadcast_to_support([fine, coarse])
+    return len(np.unique((a + 1) * (size + 1) + (b + 1))) == distinct
+
+
+def merge(units: Units, values: Sequence[Value]) -> Value:
+    """The value of an elementwise operation: shapes broadcast, layers that meet are related."""
+    shape = tuple(np.broadcast_shapes(*(value.shape for value in values)))
+    merged: list[Labels] = []
+    for value in values:
+        incoming = [lift(layer, len(shape)) for layer in value.layers]
+        for new in incoming:
+            for old in merged:
+                if set(support(new)) & set(support(old)):
+                    units.relate(old, new)
+        merged += incoming
+    return Value(shape, simplify(units, merged))
+
+
+def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = False) -> Value:
+    """The value of a symmetric reduction (sum, mean, maximum, …) over `dims`."""
+    ndim = len(value.shape)
+    gone = {d % ndim for d in dims} if ndim else set()
+    kept = [d for d in range(ndim) if d not in gone]
+    layers: list[Labels] = []
+    for layer in value.layers:
+        touched = set(support(layer))
+        if touched <= gone:
+            continue
+        layers.append(reduce_layer(units, layer, sorted(gone)) if touched & gone else layer)
+    if keepdim:
+        shape = tuple(1 if d in gone else size for d, size in enumerate(value.shape))
+    else:
+        shape = tuple(value.shape[d] for d in kept)
+        layers = [layer.reshape([layer.shape[d] for d in kept]) for layer in layers]
+    return Value(shape, simplify(units, [layer for layer in layers if support(layer)]))
+
+
+def reduce_layer(units: Units, layer: Labels, dims: Sequence[int]) -> Labels:
+    """The labels of the blocks that remain when a layer is reduced over some of the dimensions that it varies along."""
+    kept_shape = tuple(1 if d in dims else size for d, size in enumerate(layer.shape))
+    kept_index = np.broadcast_to(np.arange(int(np.prod(kept_shape))).reshape(kept_shape), layer.shape).ravel()
+    label = units.find(layer.ravel())
+    known = label != WILDCARD
+    if units.is_frozen(label[known]).all():
+        return compress(units.rigid(int(np.prod(kept_shape))).reshape(kept_shape))
+    pairs = np.unique(np.stack([label[known], kept_index[known]]), axis=1)
+    ids, label_index = np.unique(pairs[0], return_inverse=True)
+    places, place_index = np.unique(pairs[1], return_inverse=True)
+    nodes = len(ids) + len(places)
+    graph = coo_matrix((np.ones(pairs.shape[1]), (label_index, len(ids) + place_index)), shape=(nodes, nodes))
+    count, member = connected_components(graph, directed=False)
+    labels_in = np.bincount(member[: len(ids)], minlength=count)
+    places_in = np.bincount(member[len(ids) :], minlength=count)
+    component = member[label_index]
+    complete = np.bincount(component, minlength=count) == labels_in * places_in
+    out = np.full(int(np.prod(kept_shape)), WILDCARD)
+    place_component = member[len(ids) :]
+    if not complete.all():
+        broken = ids[~complete[member[: len(ids)]]]
+        units.freeze(broken, "a reduction over overlapping sets of units", expected=False)
+        lost = places[~complete[place_component]]
+        out[lost] = units.rigid(len(out))[lost]
+    if complete.all() and count == 1 and len(places) == len(out):
+        return out.reshape(kept_shape)[(slice(0, 1),) * len(kept_shape)]  # every block holds the same units
+    block = units.fresh(count)
+    single = labels_in == 1
+    owner = np.zeros(count, dtype=np.int64)
+    owner[member[: len(ids)]] = ids
+    block = np.where(single, owner, block)
+    chosen = complete[member[: len(ids)]] & ~single[member[: len(ids)]]
+    if chosen.any():
+        units.relations.append((ids[chosen], block[member[: len(ids)][chosen]]))
+    fine = complete[place_component]
+    out[places[fine]] = block[place_component[fine]]
+    return compress(out.reshape(kept_shape))
+
+
+def rigid_value(units: Units, shape: Sequence[int]) -> Value:
+    """A value whose every position is fixed."""
+    return Value(tuple(shape), rigid_layers(units, shape, range(len(shape))))
+
+
+def rigid_layers(units: Units, shape: Sequence[int], dims: Sequence[int]) -> tuple[Labels, ...]:
+    """One layer of fixed positions for each of `dims`."""
+    layers = []
+    for d in dims:
+        if shape[d] > 1:
+            layout = [1] * len(shape)
+            layout[d] = shape[d]
+            layers.append(units.rigid(shape[d]).reshape(layout))
+    return tuple(layers)
+
+
+def constant_value(units: Units, tensor: Tensor) -> Value:
+    """The value of numbers that depend on no parameter or input: fixed along each dimension in which they vary."""
+    varying = [
+        d
+        for d in range(tensor.ndim)
+        if tensor.shape[d] > 1 and not torch.equal(tensor, tensor.narrow(d, 0, 1).expand_as(tensor))
+    ]
+    layers = rigid_layers(units, tuple(tensor.shape), varying)
+    return Value(tuple(tensor.shape), layers, constant=tensor)
+
+
+def pin(units: Units, value: Value, dims: Sequence[int], text: str) -> Value:
+    """The value with `dims` reduced to size 1 after fixing all units that lie along them."""
+    gone = {d % len(value.shape) for d in dims}
+    for layer in value.layers:
+        if set(support(layer)) & gone:
+            units.freeze(layer, text)
+    return replace(reduce(units, value, sorted(gone), keepdim=True), source=value.source)
+
+
+def with_rigid(units: Units, value: Value, shape: Sequence[int], dims: Sequence[int]) -> Value:
+    """The value grown to `shape` with fresh fixed positions along `dims`, where it had size 1."""
+    return Value(tuple(shape), (*value.layers, *rigid_layers(units, shape, dims)))
+
+
+def join(units: Units, layers: Sequence[Labels]) -> Labels:
+    """One layer that stands for several: a unit for each combination that occurs, inside each of its parts."""
+    arrays = np.broadcast_arrays(*layers)
+    roots = [units.find(array.ravel()) for array in arrays]
+    combos, index = np.unique(np.stack(roots), axis=1, return_inverse=True)
+    frozen = np.stack([units.is_frozen(row) for row in combos]).all(axis=0)
+    ids = np.where(frozen, units.rigid(combos.shape[1]), 0)
+    movable = np.flatnonzero(~frozen)
+    ids[movable] = units.fresh(len(movable))
+    for row in combos:
+        known = movable[row[movable] != WILDCARD]
+        if len(known):
+            units.relations.append((ids[known], row[known]))
+    return compress(ids[index.ravel()].reshape(arrays[0].shape))
+
+
+def concatenate(units: Units, values: Sequence[Value], dim: int) -> Value:
+    """The value of joining values along `dim`."""
+    dim %= len(values[0].shape)
+    shape = list(values[0].shape)
+    shape[dim] = sum(value.shape[dim] for value in values)
+    per_value = [[canonical(units, layer) for layer in value.layers] for value in values]
+    shared = [
+        layer
+        for layer in per_value[0]
+        if layer.shape[dim] == 1 and all(contains(units, others, layer) for others in per_value[1:])
+    ]
+    layers: list[Labels] = list(shared)
+    for along in (True, False):
+        parts = []
+        for own in per_value:
+            rest = [x for x in own if (x.shape[dim] > 1) == along and not contains(units, shared, x)]
+            parts.append(join(units, rest) if len(rest) > 1 else rest[0] if rest else None)
+        if any(part is not None for part in parts):
+            layers += concatenate_layers(units, parts, [value.shape[dim] for value in values], dim, len(shape))
+    return Value(tuple(shape), simplify(units, [x for x in (compress(layer) for layer in layers) if support(x)]))
+
+
+def concatenate_layers(
+    units: Units, parts: Sequence[Labels | None], lengths: Sequence[int], dim: int, ndim: int
+) -> list[Labels]:
+    """Layers joined along `dim`, and a layer that names the part where labels alone would not tell."""
+    blank = np.full((1,) * ndim, WILDCARD)
+    arrays = [blank if part is None else part for part in parts]
+    common = list(np.broadcast_shapes(*((*array.shape[:dim], 1, *array.shape[dim + 1 :]) for array in arrays)))
+    grown = []
+    for array, length in zip(arrays, lengths, strict=True):
+        common[dim] = length
+        grown.append(np.broadcast_to(array, common))
+    joined = np.concatenate(grown, axis=dim)
+    seen = [np.unique(units.find(array.ravel())) for array in arrays]
+    if sum(len(ids) for ids in seen) == len(np.unique(np.concatenate(seen))):
+        return [joined]
+    layout = [1] * ndim
+    layout[dim] = sum(lengths)
+    return [joined, np.repeat(units.rigid(len(lengths)), lengths).reshape(layout)]
+
+
+def canonical(units: Units, layer: Labels) -> Labels:
+    """A layer of fixed units re-labelled by rank, so that fixed axes of different origin compare equal."""
+    if not units.is_frozen(layer).all():
+        return layer
+    _, index = np.unique(units.find(layer.ravel()), return_inverse=True)
+    return units.rigid(int(index.max()) + 1)[index].reshape(layer.shape)
+
+
+def contains(units: Units, layers: Sequence[Labels], wanted: Labels) -> bool:
+    """Whether `wanted` is among `layers`, up to units known to be the same."""
+    return any(
+        layer.shape == wanted.shape and np.array_equal(units.find(layer), units.find(wanted)) for layer in layers
+    )
+
+
+def as_parameter(units: Units, name: str, shape: Sequence[int]) -> Value:
+    """A parameter's value: fresh units along each of its dimensions."""
+    layers = []
+    for d, size in enumerate(shape):
+        if size > 1:
+            layout = [1] * len(shape)
+            layout[d] = size
+            layers.append(units.fresh(size).reshape(layout))
+    return Value(tuple(shape), tuple(layers), source=name)
+
+
+def unsqueeze(value: Value, dim: int) -> Value:
+    """The value with a dimension of size 1 put in at `dim`."""
+    dim %= len(value.shape) + 1
+    shape = (*value.shape[:dim], 1, *value.shape[dim:])
+    return replace(value, shape=shape, layers=tuple(np.expand_dims(x, dim) for x in value.layers), constant=None)
+
+
+def reshape(value: Value, shape: Sequence[int]) -> Value:
+    """The value under another shape of the same number of elements."""
+    shape = tuple(shape)
+    layers = (compress(np.broadcast_to(layer, value.shape).reshape(shape)) for layer in value.layers)
+    return replace(value, shape=shape, layers=tuple(x for x in layers if support(x)), constant=None)

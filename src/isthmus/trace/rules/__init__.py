@@ -1,0 +1,19 @@
+"""What each operation does to labels: one file an operation family, one literal table of them all."""
+
+import torch
+from torch._ops import OpOverload
+
+from isthmus.trace.execute import Rule
+from isthmus.trace.rules.contraction import CONTRACTIONS
+from isthmus.trace.rules.normalisation import NORMALISATIONS
+from isthmus.trace.rules.pointwise import POINTWISE
+from isthmus.trace.rules.reduction import REDUCTIONS
+from isthmus.trace.rules.spatial import SPATIAL
+from isthmus.trace.rules.view import VIEWS
+
+RULES: dict[str, Rule] = {**CONTRACTIONS, **NORMALISATIONS, **POINTWISE, **REDUCTIONS, **SPATIAL, **VIEWS}
+
+
+def is_pointwise(op: OpOverload) -> bool:
+    """Whether torch itself declares that an operation works element by element."""
+    return torch.Tag.pointwise in op.tags

@@ -1,0 +1,90 @@
+"""Normalisations: statistics over some axes, and a product with gains that belong to units."""
+
+from types import SimpleNamespace
+
+from torch import fx
+
+from isthmus.trace.execute import BatchNorm, Rule, Tracing
+from isthmus.trace.labels import Units, Value, merge, reduce, reshape
+from isthmus.trace.rules.contraction import argument
+from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
+
+
+def along(value: Value | None, dim: int, ndim: int) -> list[Value]:
+    """A vector laid along dimension `dim` of a value with `ndim` dimensions; nothing where it is absent."""
+    if value is None:
+        return []
+    shape = [1] * ndim
+    shape[dim] = value.shape[0]
+    return [reshape(value, shape)]
+
+
+def batch_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """Normalisation by a channel's statistics, stored or of the batch: elementwise along the channel axis."""
+    x: Value = a.input
+    tensors = [a.weight, a.bias, a.running_mean, a.running_var]
+    names = [tracing.source_of(argument(node, index)) for index in range(1, 5)]
+    source = node.args[0]
+    if isinstance(source, fx.Node):
+        tracing.batch_norms.append(BatchNorm(node.name, source.name, *names))
+    parts = [part for tensor in tensors for part in along(tensor, 1, len(x.shape))]
+    use_batch = a.training if hasattr(a, "training") else getattr(a, "use_input_stats", False)
+    if use_batch or a.running_mean is None:
+        spatial = [d for d in range(len(x.shape)) if d != 1]
+        parts.append(reduce(tracing.units, x, spatial, keepdim=True))
+    return normalised(tracing.units, x, parts)
+
+
+def normalised(units: Units, x: Value, parts: list[Value]) -> Value:
+    """`x` combined with statistics and gains, which ties units to their own gain: permutations only."""
+    out = merge(units, [x, *parts])
+    limit_value(units, out, PERMUTATION_LEVEL)
+    return out
+
+
+def layer_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """Normalisation over the last dimensions of each sample."""
+    x: Value = a.input
+    count = len(a.normalized_shape)
+    statistics = reduce(tracing.units, x, range(-count, 0), keepdim=True)
+    gains = [value for value in (a.weight, getattr(a, "bias", None)) if value is not None]
+    return normalised(tracing.units, x, [statistics, *gains])
+
+
+def group_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """Normalisation over each block of channels."""
+    x: Value = a.input
+    batch, channels, *spatial = x.shape
+    blocks = reshape(x, (batch, a.num_groups, channels // a.num_groups, *spatial))
+    statistics = reduce(tracing.units, blocks, range(2, len(blocks.shape)), keepdim=True)
+    out = reshape(merge(tracing.units, [blocks, statistics]), x.shape)
+    gains = along(a.weight, 1, len(x.shape)) + along(a.bias, 1, len(x.shape))
+    return normalised(tracing.units, out, gains)
+
+
+def softmax(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """Normalised exponentials along one dimension."""
+    x: Value = vars(a)["self"]
+    return normalised(tracing.units, x, [reduce(tracing.units, x, [a.dim], keepdim=True)])
+
+
+def instance_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """Normalisation over the spatial positions of each sample and channel."""
+    x: Value = a.input
+    statistics = reduce(tracing.units, x, range(2, len(x.shape)), keepdim=True)
+    tensors = [a.weight, a.bias] + ([] if a.use_input_stats else [a.running_mean, a.running_var])
+    parts = [part for tensor in tensors for part in along(tensor, 1, len(x.shape))]
+    return normalised(tracing.units, x, [statistics, *parts])
+
+
+NORMALISATIONS: dict[str, Rule] = {
+    "aten.batch_norm": batch_norm,
+    "aten.layer_norm": layer_norm,
+    "aten.rms_norm": layer_norm,
+    "aten.group_norm": group_norm,
+    "aten.instance_norm": instance_norm,
+    "aten.softmax": softmax,
+    "aten._softmax": softmax,
+    "aten.log_softmax": softmax,
+    "aten._log_softmax": softmax,
+}

@@ -1,0 +1,75 @@
+"""Operations that only move, repeat or select elements: they are run, as they are, on the label arrays."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from isthmus.trace.execute import Rule, Tracing, values_in
+from isthmus.trace.labels import Labels, Value, compress, concatenate, simplify, support, unsqueeze
+
+# A view needs memory in order, which an expanded label array does not have; a reshape does the same to any array.
+STAND_INS = {"aten.view": torch.ops.aten.reshape.default, "aten._unsafe_view": torch.ops.aten.reshape.default}
+
+
+def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+    """The operation itself, run on every label array of its first argument."""
+    x = next(iter(vars(a).values()))
+    others = values_in(list(vars(a).values())[1:])
+    if not isinstance(x, Value) or any(value.constant is None for value in others):
+        return NotImplemented
+    op: Any = node.target
+    stand_in = STAND_INS.get(str(op.overloadpacket))
+    rest: Any = map_aggregate(vars(a), lambda item: item.constant if isinstance(item, Value) else item)
+
+    def act(array: Tensor) -> Any:
+        if stand_in is not None:
+            return stand_in(array, rest["size"])
+        arguments = {**rest, next(iter(rest)): array}
+        positional = [arguments[p.name] for p in op._schema.arguments if not p.kwarg_only]
+        named = {
+            p.name: arguments[p.name] for p in op._schema.arguments if p.kwarg_only and arguments[p.name] is not None
+        }
+        return op(*positional, **named)
+
+    results = [act(torch.from_numpy(layer).expand(x.shape)) for layer in x.layers]
+    shape_only = act(torch.empty(x.shape, device="meta"))
+    if isinstance(shape_only, Tensor):
+        return relabelled(tracing, x, shape_only, results)
+    return [relabelled(tracing, x, piece, [r[i] for r in results]) for i, piece in enumerate(shape_only)]
+
+
+def relabelled(tracing: Tracing, x: Value, shape_only: Tensor, arrays: list[Tensor]) -> Value:
+    """The value that a view left: its arrays compressed, and units that it singled out noted."""
+    layers: list[Labels] = []
+    for array in arrays:
+        layer = compress(np.ascontiguousarray(array.numpy()))
+        if support(layer):
+            layers.append(layer)
+        elif layer.size:
+            tracing.units.occur(layer)
+    return Value(tuple(shape_only.shape), simplify(tracing.units, layers), source=x.source)
+
+
+def cat(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """Values one after another along a dimension."""
+    values = [value for value in a.tensors if value.shape != (0,)]
+    return concatenate(tracing.units, values, a.dim)
+
+
+def stack(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """Values side by side along a new dimension."""
+    return concatenate(tracing.units, [unsqueeze(value, a.dim) for value in a.tensors], a.dim)
+
+
+RUNNABLE = (  # noqa: SIM905 - a list literal would take a line for each name
+    "view _unsafe_view reshape flatten unflatten permute transpose t numpy_T matrix_H mT unsqueeze squeeze expand "
+    "expand_as slice select split split_with_sizes chunk tensor_split narrow flip roll repeat repeat_interleave tile "
+    "unbind movedim moveaxis swapaxes swapdims index_select index diagonal unfold pixel_shuffle pixel_unshuffle "
+    "channel_shuffle native_channel_shuffle rot90 view_as take_along_dim"
+).split()
+
+VIEWS: dict[str, Rule] = {f"aten.{name}": run for name in RUNNABLE} | {"aten.cat": cat, "aten.stack": stack}
