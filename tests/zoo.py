@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 
 class Net(nn.Module):
@@ -262,9 +262,9 @@ class GroupNormsAtOdds(Net):
     """Six channels in groups of three and again in groups of two: ab|c and d|ef, which swap, and a–b, e–f."""
 
     sample_shape = (2, 3, 3)
-    missed = 2 + 2 * 2
-    why = "the two partitions of one axis overlap without nesting, which is fixed as irregular"
-    frozen_by = ("aten.group_norm",)
+    spaces = (2, 2)
+    missed = 2
+    why = "the two partitions of one axis overlap without nesting: the swap of the halves is not seen"
 
     def __init__(self):
         super().__init__()
@@ -543,6 +543,33 @@ class GatedLinear(Net):
         return self.down(value * torch.sigmoid(gate))
 
 
+class GatedTwice(GatedLinear):
+    """A second consumer reads values and gates side by side: which of the two a column reads still matters."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.up(x)
+        value, gate = x.chunk(2, -1)
+        return self.down(value * torch.sigmoid(gate)) + self.other(x)
+
+
+class GatedShuffled(GatedLinear):
+    """The gate of a unit stands before or behind it, as the shuffle has it."""
+
+    spaces = (3,)
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 6), nn.Linear(3, 2)
+
+    def forward(self, x):
+        value, gate = self.up(x).view(-1, 2, 3).transpose(1, 2).reshape(-1, 6).chunk(2, -1)
+        return self.down(value * torch.sigmoid(gate))
+
+
 class GatedFunctional(GatedLinear):
     """The same through torch's own operation."""
 
@@ -575,6 +602,114 @@ class SlicedInPlace(Net):
         x = self.stem(x)
         x[:, :3].relu_()
         return self.head(torch.tanh(x))
+
+
+class WrittenIntoZeros(Net):
+    """Hidden units are written into the middle of a row of zeros."""
+
+    missed = 4
+    why = "what is written into a slice of a tensor is not followed"
+    frozen_by = ("aten.copy_",)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 4), nn.Linear(6, 2)
+
+    def forward(self, x):
+        row = x.new_zeros(len(x), 6)
+        row[:, 1:5] = F.relu(self.stem(x))
+        return self.head(row)
+
+
+class BuiltMask(Net):
+    """A constant that is built by writing into a part of it."""
+
+    missed = 5
+    why = "each place of a constant is fixed, even where it repeats a value"
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        mask = torch.ones(5)
+        mask[2:] = 0.5
+        return self.head(F.relu(self.stem(x)) * mask)
+
+
+class ConcatSummaries(Net):
+    """Two numbers without units side by side: the consumer's columns cannot be exchanged."""
+
+    spaces = (5,)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 5), nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1))
+
+
+class ConcatZeros(Net):
+    """Zeros behind the units: the columns that read zeros may be exchanged among themselves."""
+
+    spaces = (4, 2)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 4), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.head(torch.cat([x, x.new_zeros(len(x), 2)], 1))
+
+
+class PaddedTwice(Net):
+    """Ones before the units, zeros behind them: a border of ones is not a border of zeros."""
+
+    spaces = (4, 2, 2)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 4), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(F.pad(F.pad(F.relu(self.stem(x)), (2, 0), value=1.0), (0, 2)))
+
+
+class ClassToken(Net):
+    """One more position, learned, before those of the input."""
+
+    sample_shape = (4, 3)
+    spaces = (5, 6)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.up = nn.Linear(3, 5), nn.Linear(5, 6)
+        self.down, self.head = nn.Linear(6, 5), nn.Linear(5, 2)
+        self.token, self.position = nn.Parameter(torch.randn(1, 1, 5)), nn.Parameter(torch.randn(1, 5, 5))
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.stem(x)], 1) + self.position
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head(torch.tanh(x).mean(1))
+
+
+class Generator(Net):
+    """A linear layer makes all pixels of all channels: a channel moves with all of its pixels."""
+
+    sample_shape = (3,)
+    spaces = (4, 5)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Linear(3, 4 * 9), nn.BatchNorm2d(4)
+        self.up, self.head = nn.ConvTranspose2d(4, 5, 2), nn.Conv2d(5, 2, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x).view(-1, 4, 3, 3)))
+        return self.head(F.relu(self.up(x)))
 
 
 class FlattenedConcat(Net):
@@ -626,7 +761,7 @@ class SelfOuterProduct(Net):
 
     missed = 4
     why = "a site moves along a dimension by one permutation, not by a permutation twice"
-    frozen_by = ("aten.linear",)
+    frozen_by = ("",)
 
     def __init__(self):
         super().__init__()
@@ -707,7 +842,11 @@ class ShuffleUnits(Net):
     @staticmethod
     def branch():
         return nn.Sequential(
-            nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Conv2d(3, 4, 1)
+            nn.Conv2d(4, 3, 1),
+            nn.BatchNorm2d(3),
+            nn.ReLU(),
+            nn.Conv2d(3, 3, 3, padding=1, groups=3),
+            nn.Conv2d(3, 4, 1),
         )
 
     def forward(self, x):
@@ -721,10 +860,10 @@ class ShuffleUnits(Net):
 
 
 class GroupedShuffle(Chain):
-    """ShuffleNetV1: grouped, shuffled, grouped again; each group of the second reads one channel of each of the first."""
+    """ShuffleNetV1: grouped, shuffled, grouped again. The channels between belong to a group on either side."""
 
     sample_shape = (2, 3, 3)
-    spaces = (2, (2, 3))
+    spaces = (2, 2, (2, 3), (2, 3))
 
     def __init__(self):
         super().__init__(
@@ -740,7 +879,9 @@ class GroupedShuffle(Chain):
 
 
 class Repeat(Net):
-    spaces = (4,)
+    """Its consumer reads every number twice: its columns may also be swapped among themselves."""
+
+    spaces = (4, (4, 2))
 
     def __init__(self):
         super().__init__()
@@ -769,7 +910,7 @@ class Roll(Net):
 class RollAddedToItself(Roll):
     """Units in a ring: only turns keep it, and a turn is no free permutation."""
 
-    frozen_by = ("aten.add",)
+    spaces = ()
 
     def forward(self, x):
         x = F.relu(self.stem(x))
@@ -781,7 +922,7 @@ class FlipAddedToItself(Net):
 
     spaces = (3,)
     missed = 3 * 2
-    why = "two units that meet are taken for one; that they may be swapped is not seen"
+    why = "the two units of a pair keep their places in it; that they may be swapped is not seen"
 
     def __init__(self):
         super().__init__()
@@ -793,7 +934,7 @@ class FlipAddedToItself(Net):
 
 
 class FlipThenRoll(FlipAddedToItself):
-    """Opposite units belong together, and a second consumer reads them in an order that mixes first and second."""
+    """As before, and a second consumer reads the units in an order in which no unit of a pair is always the first."""
 
     def __init__(self):
         super().__init__()
@@ -920,7 +1061,9 @@ class Functional(Net):
 class Experts(Net):
     """Every expert's layers in one tensor; all are used and added up, so that experts move too."""
 
-    spaces = (3, (3, 5))
+    spaces = (3, 5)
+    missed = 3 * 5 - 5
+    why = "an index of a dimension is one unit, whatever the expert: their hidden units move together"
 
     def __init__(self):
         super().__init__()
@@ -1016,6 +1159,33 @@ class ArgmaxOverChannels(MeanOverChannels):
         return self.head(x.mean(1, keepdim=True)) + x.argmax(1, keepdim=True)
 
 
+class LargerOfTwo(Net):
+    spaces = (5,)
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(3, 5), nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(torch.max(self.left(x), self.right(x)))
+
+
+class CastInside(Net):
+    """A norm that computes in float32, whatever the network's type: in the proof it must not."""
+
+    spaces = (5,)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head, self.gain = nn.Linear(3, 5), nn.Linear(5, 2), nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        x = self.stem(x)
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.head(F.softmax(self.gain * wide.type_as(x), -1, dtype=torch.float32).to(x.dtype))
+
+
 class Softmax(Chain):
     spaces = (5,)
 
@@ -1042,9 +1212,7 @@ class CumulativeSum(Chain):
     spaces = (4,)
 
     def __init__(self):
-        super().__init__(
-            nn.Linear(3, 5), Apply(lambda x: x.cumsum(-1)), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)
-        )
+        super().__init__(nn.Linear(3, 5), Apply(lambda x: x.cumsum(-1)), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
 
 
 class Fourier(Chain):
@@ -1147,7 +1315,7 @@ class TwoOutputs(Net):
 
 
 class Attention(Net):
-    """Written out, two heads of three: heads move, and in each the units of queries with keys, and those of values."""
+    """Written out, two heads of three: heads move, and in each the units of queries and keys, and those of values."""
 
     sample_shape = (4, 3)
     spaces = (5, 2, (2, 3), (2, 3))

@@ -1,7 +1,7 @@
 """Connecting: loss and accuracy along the straight line between two models, and the barrier on it."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +183,19 @@ def evaluate(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:
             classes = False
         count += size
     return Score(total / count, right / count if classes else None, count)
+
+
+class Ensemble(nn.Module):
+    """The mean of several models' class scores: what merging is measured against, at the cost of all of them."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The mean class scores."""
+        scores = [class_scores(model(*args, **kwargs)) for model in self.models]
+        return torch.stack([x for x in scores if x is not None]).mean(dim=0)
 
 
 def class_scores(output: Any) -> Tensor | None:

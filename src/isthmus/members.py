@@ -9,11 +9,21 @@ from isthmus.checkpoint import check_state
 from isthmus.errors import InputError
 
 
-def as_modules(models: Sequence[nn.Module | Mapping[str, Tensor]], module: nn.Module | None = None) -> list[nn.Module]:
+def as_modules(
+    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    module: nn.Module | None = None,
+    *,
+    names: Sequence[str] | None = None,
+) -> list[nn.Module]:
     """All models as modules in `eval()`, sharing no state with one another that the caller does not share already.
 
     Modules are used as they are, but copied if they are in training mode; state dicts are loaded into copies of the first
     module, or of `module`.
+
+    Args:
+        models: Modules or state dicts.
+        module: The architecture, where all models are state dicts.
+        names: What to call the models in errors; "model 0", "model 1", … by default.
 
     Raises:
         InputError: No models, or only state dicts and no module.
@@ -27,7 +37,7 @@ def as_modules(models: Sequence[nn.Module | Mapping[str, Tensor]], module: nn.Mo
     modules: list[nn.Module] = []
     for index, model in enumerate(models):
         state = model.state_dict() if isinstance(model, nn.Module) else model
-        checked = check_state(state, architecture, f"model {index}")
+        checked = check_state(state, architecture, f"model {index}" if names is None else names[index])
         if isinstance(model, nn.Module) and not any(part.training for part in model.modules()):
             modules.append(model)
         else:

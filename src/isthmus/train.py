@@ -114,7 +114,7 @@ PRESETS: dict[str, TrainOptions] = {
     # For one CPU core: digits chosen on 300 held-out training images, the others set once and not tuned. cpu_vgg11 is
     # for vgg11_bn?width=0.25.
     "cpu_digits": TrainOptions("adam", learning_rate=3e-3, epochs=20, batch_size=64),
-    "cpu_mlp": TrainOptions("adam", learning_rate=1e-3, epochs=6, batch_size=250, schedule="linear"),
+    "cpu_mlp": TrainOptions("adam", learning_rate=1e-3, epochs=10, batch_size=500, schedule="constant"),
     "cpu_vgg11": dataclasses.replace(_CPU, learning_rate=0.1, epochs=20),
     "cpu_resnet20": dataclasses.replace(_CPU, learning_rate=0.2, epochs=17),
 }

@@ -92,7 +92,7 @@ def as_matrix(transform: Transform, dtype: torch.dtype = torch.float64) -> Linea
     return LinearMap(into, into.transpose(1, 2))
 
 
-def flat_indices(transforms: Transforms, symmetry: Symmetry, space: Space) -> Int[np.ndarray, " copies*size"]:
+def flat_indices(transforms: Transforms, symmetry: Symmetry, space: Space) -> Int[np.ndarray, " units"]:
     """Where each unit of a space comes from, counted over all copies, with the parents' moves included."""
     transform = transforms[space.name]
     if isinstance(transform, LinearMap):

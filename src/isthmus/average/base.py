@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ class Aligned:
     seed: int = 0
 
 
+@runtime_checkable
 class Average(Protocol):
     """A way of averaging: a frozen dataclass whose fields are its options.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -48,6 +48,7 @@ class Problem:
         return collect(self.models, self.symmetry, self.data, at=at)
 
 
+@runtime_checkable
 class Match(Protocol):
     """A matching method: a frozen dataclass whose fields are its options.
 

@@ -105,14 +105,15 @@ def capture(
 def describe(exported: ExportedProgram, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
     """The program with its placeholders sorted into parameters, constants and inputs."""
     program = Program(exported, module, args, kwargs)
+    tied = tied_names(module)
     for spec in exported.graph_signature.input_specs:
         name = getattr(spec.arg, "name", "")
         if spec.kind == InputKind.PARAMETER:
-            program.parameters[name] = str(spec.target)
+            program.parameters[name] = tied.get(str(spec.target), str(spec.target))
         elif spec.kind == InputKind.BUFFER and spec.persistent:
             tensor = exported.state_dict[str(spec.target)]
             if tensor.is_floating_point():
-                program.parameters[name] = str(spec.target)
+                program.parameters[name] = tied.get(str(spec.target), str(spec.target))
             else:
                 program.constants[name] = tensor
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx.node import map_aggregate, map_arg
 
 from isthmus.trace.capture import Program, module_path
-from isthmus.trace.labels import Units, Value, as_parameter, constant_value, rigid_value, support
+from isthmus.trace.labels import Units, Value, as_parameter, constant_value, contains, rigid_value
 
 # Constants up to this many elements are computed for real, so that index tensors can be followed.
 LARGEST_CONSTANT = 2**24
@@ -120,6 +120,8 @@ def operation_name(node: fx.Node) -> str:
 def placeholder(tracing: Tracing, program: Program, node: fx.Node) -> Any:
     """The value of a parameter, constant or input."""
     units = tracing.units
+    if not node.users:
+        return None
     if node.name in program.parameters:
         name = program.parameters[node.name]
         if name not in tracing.parameters:
@@ -148,6 +150,8 @@ def call(tracing: Tracing, node: fx.Node, rules: dict[str, Rule], is_pointwise: 
             return node.target(*read(tracing, node.args), **read(tracing, node.kwargs))
         return without_rule(tracing, node)
     op = node.target
+    if not op._schema.returns and not op._schema.is_mutable:
+        return None  # an assertion
     arguments = bind(op, read(tracing, node.args), read(tracing, node.kwargs))
     folded = fold_constant(tracing.units, node, op, arguments)
     if folded is not None:
@@ -203,6 +207,7 @@ def fold_constant(units: Units, node: fx.Node, op: OpOverload, arguments: Simple
         return None
     numbers = map_aggregate(vars(arguments), lambda x: x.constant if isinstance(x, Value) else x)
     assert isinstance(numbers, dict)
+    numbers = dict(numbers)
     if "device" in numbers:
         numbers["device"] = torch.device("cpu")
     if not any(isinstance(x, Tensor) and x.is_meta for x in numbers.values()):
@@ -241,12 +246,45 @@ def freeze_value(units: Units, value: Value, text: str, *, expected: bool = True
 
 
 def mutate(tracing: Tracing, node: fx.Node, result: Any) -> None:
-    """Gives an operation's result to the node that it overwrites in place."""
+    """Gives an operation's result to the node that it overwrites in place, and to all that shares its memory."""
     target = node.args[0] if node.args else None
     if not isinstance(target, fx.Node) or not isinstance(result, Value):
         return
     before = tracing.values[target.name]
-    same = [support(x) for x in before.layers] == [support(x) for x in result.layers]
-    if not same and target.op != "call_function":
-        freeze_value(tracing.units, result, "overwritten in place with units of another layout", expected=False)
+    alike = (
+        isinstance(before, Value)
+        and before.constant is None
+        and len(before.layers) == len(result.layers)
+        and all(contains(tracing.units, before.layers, layer) for layer in result.layers)
+    )
     tracing.values[target.name] = result
+    family = [] if alike else [name for name in sharing_memory(tracing, target) if name != target.name]
+    if not family:
+        return
+    # Which part of the others was written over is not followed.
+    freeze_value(tracing.units, result, "written into a part of a tensor", expected=False)
+    for name in family:
+        for value in values_in(tracing.values[name]):
+            freeze_value(tracing.units, value, "a part of it is written over", expected=False)
+        tracing.values[name] = map_aggregate(tracing.values[name], lambda item: rigidified(tracing.units, item))
+
+
+def rigidified(units: Units, item: Any) -> Any:
+    """A value with every position fixed; anything else as it is."""
+    return rigid_value(units, item.shape) if isinstance(item, Value) else item
+
+
+def sharing_memory(tracing: Tracing, node: fx.Node) -> list[str]:
+    """Names of all traced nodes that are views of the tensor that a node is a view of."""
+    return [other.name for other in node.graph.nodes if other.name in tracing.values and origin(other) is origin(node)]
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """The node that a chain of views and in-place operations starts from."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        op = node.target
+        is_view = isinstance(op, OpOverload) and any(result.alias_info is not None for result in op._schema.returns)
+        if not is_view and op is not operator.getitem:
+            break
+        node = node.args[0]
+    return node

@@ -22,6 +22,9 @@ Ids = Int[np.ndarray, " _"]
 # A position that no label distinguishes in this layer: the value there is the same whatever unit it might carry.
 WILDCARD = -1
 
+# Evidence level of units that a product of two activations sums over: T and T⁻¹ cannot be told apart there.
+ORTHOGONAL_LEVEL = 1
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -81,6 +84,9 @@ class Units:
     def __init__(self) -> None:
         self._root = np.empty(0, dtype=np.int64)
         self._reason = np.empty(0, dtype=np.int64)  # index into reasons, or -1 where the unit can move
+        self._axis = np.empty(0, dtype=np.int64)  # units made together; they are told apart wherever they meet
+        self._kin: dict[int, int] = {}  # axes of which units were united, each with a smaller one
+        self._known: set[tuple[tuple[int, ...], bytes]] = set()
         self._level = np.empty(0, dtype=np.int8)  # evidence against richer groups, see GROUPS in spaces.py
         self.contracted = np.empty(0, dtype=bool)
         self.kept = np.empty(0, dtype=bool)
@@ -99,9 +105,12 @@ class Units:
             more = max(self.size, 2 * len(self._root)) - len(self._root)
             self._root = np.concatenate([self._root, np.arange(len(self._root), len(self._root) + more)])
             self._reason = np.concatenate([self._reason, np.full(more, -1)])
+            self._axis = np.concatenate([self._axis, np.zeros(more, dtype=np.int64)])
             self._level = np.concatenate([self._level, np.zeros(more, dtype=np.int8)])
             self.contracted = np.concatenate([self.contracted, np.zeros(more, dtype=bool)])
             self.kept = np.concatenate([self.kept, np.zeros(more, dtype=bool)])
+        if count:
+            self._axis[ids] = ids[0]
         return ids
 
     def rigid(self, count: int) -> Ids:
@@ -154,8 +163,19 @@ class Units:
         np.maximum.at(levels, self.find(np.arange(self.size)), self._level[: self.size])
         return levels
 
-    def unite(self, left: Ids, right: Ids) -> None:
-        """Makes units one and the same, pair by pair; a unit that meets a fixed one is fixed."""
+    def is_news(self, units: Labels) -> bool:
+        """Whether conclusions from these units have not been drawn yet; from now on they have."""
+        key = (units.shape, units.tobytes())
+        news = key not in self._known
+        self._known.add(key)
+        return news
+
+    def unite(self, left: Ids, right: Ids, *, ordered: bool = True) -> None:
+        """Makes units one and the same, pair by pair; a unit that meets a fixed one is fixed.
+
+        Units of one axis stay apart, since what they label differs: where the pairs would unite some, they are strung,
+        or, where left and right tell nothing (`ordered` is false), fixed.
+        """
         left, right = self.find(left), self.find(right)
         left, right = left[left != right], right[left != right]
         for mine, other in ((left, right), (right, left)):
@@ -164,12 +184,83 @@ class Units:
                 self._hold(mine[held], other[held])
         movable = (self._reason[left] < 0) & (self._reason[right] < 0)
         left, right = left[movable], right[movable]
-        if len(np.unique(np.concatenate([left, right]))) == 2 * len(left):
-            self._root[np.maximum(left, right)] = np.minimum(left, right)
+        if not len(left):
             return
-        for pair in zip(left.tolist(), right.tolist(), strict=True):
-            roots = self.find(np.array(pair))
-            self._root[roots.max()] = roots.min()
+        ids, index = np.unique(np.concatenate([left, right]), return_inverse=True)
+        if len(ids) == 2 * len(left) and not self._are_kin(left, right).any():
+            self._root[np.maximum(left, right)] = np.minimum(left, right)
+        else:
+            ends = (index[: len(left)], index[len(left) :])
+            graph = coo_matrix((np.ones(len(left)), ends), shape=(len(ids), len(ids)))
+            count, member = connected_components(graph, directed=False)
+            clash = self._clashes(ids, member, count)
+            first = np.full(count, self.size)
+            np.minimum.at(first, member, ids)
+            united = ~clash[member]
+            self._root[ids[united]] = first[member[united]]
+            strung = clash[member[ends[0]]]
+            if strung.any() and ordered:
+                self._string(left[strung], right[strung])
+            elif strung.any():
+                text = "several units of one axis would be the same unit"
+                self.freeze(np.concatenate([left[strung], right[strung]]), text, expected=False)
+            left, right = left[~strung], right[~strung]
+        for pair in np.unique(np.stack([self._axis[left], self._axis[right]], axis=1), axis=0).tolist():
+            low, high = sorted(self._kind(axis) for axis in pair)
+            if low != high:
+                self._kin[high] = low
+
+    def _kind(self, axis: int) -> int:
+        """The first of the axes that an axis was united with."""
+        while axis in self._kin:
+            axis = self._kin[axis]
+        return axis
+
+    def _are_kin(self, left: Ids, right: Ids) -> Bool[np.ndarray, " _"]:
+        """Whether two units could already be united with units of one axis."""
+        axes, index = np.unique(self._axis[np.stack([left, right])], return_inverse=True)
+        kinds = np.array([self._kind(axis) for axis in axes.tolist()])[index.reshape(2, -1)]
+        return kinds[0] == kinds[1]
+
+    def _clashes(self, ids: Ids, member: Ids, count: int) -> Bool[np.ndarray, " _"]:
+        """For each of `count` components of representatives: whether two of them hold units of one axis."""
+        roots = self.find(np.arange(self.size))
+        where = np.minimum(np.searchsorted(ids, roots), len(ids) - 1)
+        held = np.flatnonzero(ids[where] == roots)
+        found = np.unique(np.stack([member[where[held]], self._axis[held], where[held]]), axis=1)
+        twice = (found[:2, 1:] == found[:2, :-1]).all(axis=0)
+        clash = np.zeros(count, dtype=bool)
+        clash[found[0, 1:][twice]] = True
+        return clash
+
+    def _string(self, left: Ids, right: Ids) -> None:
+        """Puts units that follow one another, pair by pair, on strings: blocks that move, and fixed places in them."""
+        after: dict[int, int] = dict(zip(left.tolist(), right.tolist(), strict=True))
+        before: dict[int, int] = dict(zip(right.tolist(), left.tolist(), strict=True))
+        if len(after) < len(left) or len(before) < len(right):
+            text = "units of one axis are paired with one another in several ways"
+            self.freeze(np.concatenate([left, right]), text, expected=False)
+            return
+        strings: dict[tuple[int, bool], list[list[int]]] = {}
+        seen: set[int] = set()
+        for closed, starts in ((False, sorted(set(after) - set(before))), (True, sorted(after))):
+            for start in starts:
+                string = []
+                step: int | None = start
+                while step is not None and step not in seen:
+                    seen.add(step)
+                    string.append(step)
+                    step = after.get(step)
+                if string:
+                    strings.setdefault((len(string), closed), []).append(string)
+        for alike in strings.values():
+            units = np.array(alike)
+            if not self.is_news(units):
+                continue
+            blocks, places = self.fresh(units.shape[0]), self.fresh(units.shape[1])
+            self._reason[places] = 0
+            self.relations.append((units.ravel(), np.repeat(blocks, units.shape[1])))
+            self.relations.append((units.ravel(), np.tile(places, units.shape[0])))
 
     def _hold(self, units: Ids, holders: Ids) -> None:
         """Fixes units that met fixed ones, for the holders' reason where they have one of their own."""
@@ -402,11 +493,15 @@ def constant_value(units: Units, tensor: Tensor) -> Value:
 
 
 def pin(units: Units, value: Value, dims: Sequence[int], text: str) -> Value:
-    """The value with `dims` reduced to size 1 after fixing all units that lie along them."""
+    """The value with `dims` reduced to size 1 after fixing what lies along them."""
     gone = {d % len(value.shape) for d in dims}
     for layer in value.layers:
-        if set(support(layer)) & gone:
+        along = set(support(layer))
+        if along and along <= gone:
             units.freeze(layer, text)
+        elif along & gone:
+            shape = tuple(size if d in gone else 1 for d, size in enumerate(layer.shape))
+            units.relate(layer, units.rigid(int(np.prod(shape))).reshape(shape))
     return replace(reduce(units, value, sorted(gone), keepdim=True), source=value.source)
 
 
@@ -442,14 +537,21 @@ def concatenate(units: Units, values: Sequence[Value], dim: int) -> Value:
         for layer in per_value[0]
         if layer.shape[dim] == 1 and all(contains(units, others, layer) for others in per_value[1:])
     ]
+    for layer in (layer for own in per_value for layer in own):
+        # Fixed positions across the joint may distinguish more than there is to distinguish: it does no harm.
+        if layer.shape[dim] == 1 and units.is_frozen(layer).all() and not contains(units, shared, layer):
+            shared.append(layer)
     layers: list[Labels] = list(shared)
+    lengths = [value.shape[dim] for value in values]
     for along in (True, False):
         parts = []
         for own in per_value:
             rest = [x for x in own if (x.shape[dim] > 1) == along and not contains(units, shared, x)]
             parts.append(join(units, rest) if len(rest) > 1 else rest[0] if rest else None)
         if any(part is not None for part in parts):
-            layers += concatenate_layers(units, parts, [value.shape[dim] for value in values], dim, len(shape))
+            layers += concatenate_layers(units, parts, lengths, dim, len(shape))
+    if len(layers) == len(shared):  # equal labels on different numbers: only their place tells them apart
+        layers.append(parts_layer(units, lengths, dim, len(shape)))
     return Value(tuple(shape), simplify(units, [x for x in (compress(layer) for layer in layers) if support(x)]))
 
 
@@ -468,9 +570,14 @@ def concatenate_layers(
     seen = [np.unique(units.find(array.ravel())) for array in arrays]
     if sum(len(ids) for ids in seen) == len(np.unique(np.concatenate(seen))):
         return [joined]
+    return [joined, parts_layer(units, lengths, dim, ndim)]
+
+
+def parts_layer(units: Units, lengths: Sequence[int], dim: int, ndim: int) -> Labels:
+    """A layer that says which of several parts, side by side along `dim`, a position belongs to."""
     layout = [1] * ndim
     layout[dim] = sum(lengths)
-    return [joined, np.repeat(units.rigid(len(lengths)), lengths).reshape(layout)]
+    return np.repeat(units.rigid(len(lengths)), lengths).reshape(layout)
 
 
 def canonical(units: Units, layer: Labels) -> Labels:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from isthmus.errors import InputError, SymmetryError
-from isthmus.symmetry import Symmetry
+from isthmus.symmetry import Space, Symmetry
 from isthmus.trace.capture import share_structure
 from isthmus.transform import Permutation, Transforms, move_state
 
 # A control must exceed the tolerance by this factor to count as a change of the function, and not as rounding.
 CONTROL_FACTOR = 1e3
+
+# How often weights and inputs are drawn anew before the outputs are given up as always zero or never finite.
+DRAWS = 8
+
+NARROW = (torch.float16, torch.bfloat16, torch.float32)
+NARROWING = (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.float)
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,15 @@ def verify(
     symmetry: Symmetry,
     *inputs: Any,
     kwargs: Mapping[str, Any] | None = None,
-    trials: int = 2,
+    trials: int = 8,
     seed: int = 0,
     controls: bool = True,
 ) -> Proof:
     """Proof that random transforms of all spaces keep the model's function; the model is left as it was.
+
+    Every trial draws a transform uniformly from the group that the symmetry claims. If the claim is wrong, the
+    transforms that do keep the function are a proper subgroup, which holds half of the group at most: a wrong symmetry
+    passes with probability 2^-trials or less.
 
     Runs in float64 and `eval()` on fresh weights of the model's own scale, since a trained or newly initialised network
     may hardly depend on some of its tensors. The tolerance is eps · √(longest sum) · depth · 8: a forward error bound
@@ -82,25 +93,20 @@ def verify(
     rng = np.random.default_rng(seed)
     network = double(model)
     tolerance = rounding(symmetry, torch.finfo(torch.float64).eps)
-    worst, changes = 0.0, {}
-    for trial in range(trials):
-        state = fresh_weights(network, symmetry, rng)
-        args, named = fresh_inputs((inputs, dict(kwargs or {})), rng)
+    worst = 0.0
+    for _ in range(trials):
+        sample = draw(network, symmetry, (inputs, dict(kwargs or {})), rng)
         transforms = {space.name: Permutation.random(space, rng) for space in symmetry}
-        expected = outputs(network, state, args, named)
-        if not any(x.abs().max() > 0 for x in expected if x.numel()) or not all(x.isfinite().all() for x in expected):
-            raise SymmetryError("the model's outputs are zero or not finite on random weights: nothing can be proved")
-        moved = move_state(state, transforms, symmetry)
-        error = change(outputs(network, moved, args, named), expected)
+        error = sample.change(move_state(sample.state, transforms, symmetry))
         worst = max(worst, error)
         if not error <= tolerance:
             raise SymmetryError(
-                f"a transform of {culprit(network, state, symmetry, transforms, args, named, tolerance)} changes the "
-                f"outputs by {error:.1e} (rounding explains {tolerance:.1e}): this symmetry is wrong, do not use it"
+                f"a transform of {culprit(sample, symmetry, transforms, tolerance)} changes the outputs by {error:.1e} "
+                f"(rounding explains {tolerance:.1e}): this symmetry is wrong, do not use it"
             )
-        if controls and trial == 0:
-            changes = control(network, state, moved, symmetry, args, named, expected)
-    silent = tuple(name for name, effect in changes.items() if effect <= CONTROL_FACTOR * tolerance)
+    threshold = CONTROL_FACTOR * tolerance
+    changes = control(network, symmetry, (inputs, dict(kwargs or {})), rng, threshold) if controls else {}
+    silent = tuple(name for name, effect in changes.items() if effect <= threshold)
     return Proof(worst, tolerance, trials, changes, silent)
 
 
@@ -162,15 +168,41 @@ def fresh_inputs(inputs: Any, rng: np.random.Generator) -> Any:
     return pytree.tree_map(renew, inputs)
 
 
+class InDouble(TorchFunctionMode):
+    """Makes a network that casts to a narrower floating-point type stay in float64, so that rounding stays small."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The function's result, with every cast to a narrower type replaced."""
+        func = torch.Tensor.double if func in NARROWING else func
+        return func(*pytree.tree_map(widen, args), **pytree.tree_map(widen, kwargs or {}))
+
+
 def outputs(
     network: nn.Module, state: Mapping[str, Tensor], args: Sequence[Any], named: Mapping[str, Any]
 ) -> list[Tensor]:
     """All floating-point tensors that the network returns."""
-    with torch.no_grad():
-        # Cloned, since a network may work in place on what it is given.
-        args, named = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (tuple(args), dict(named)))
-        result = functional_call(network, dict(state), args, dict(named), tie_weights=False)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), InDouble():
+            # Cloned, since a network may work in place on what it is given.
+            args, named = pytree.tree_map(copy_of, (tuple(args), dict(named)))
+            result = functional_call(network, dict(state), args, dict(named), tie_weights=False)
+    finally:
+        torch.set_default_dtype(default)
     return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def widen(x: Any) -> Any:
+    """float64 in place of a narrower floating-point type; anything else as it is."""
+    return torch.float64 if isinstance(x, torch.dtype) and x in NARROW else x
+
+
+def copy_of(x: Any) -> Any:
+    """A copy of a tensor; anything else as it is."""
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def change(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -184,39 +216,72 @@ def change(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return worst
 
 
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A network with random weights, random inputs, and what it makes of them."""
+
+    network: nn.Module
+    state: Mapping[str, Tensor]
+    args: Sequence[Any]
+    named: Mapping[str, Any]
+    expected: Sequence[Tensor]
+
+    def change(self, state: Mapping[str, Tensor]) -> float:
+        """How much the outputs change under other weights."""
+        return change(outputs(self.network, state, self.args, self.named), self.expected)
+
+
+def draw(network: nn.Module, symmetry: Symmetry, inputs: Any, rng: np.random.Generator) -> Sample:
+    """A sample whose outputs say something: finite, and not all zero as those of a small network sometimes are.
+
+    Raises:
+        SymmetryError: No such sample was found.
+    """
+    for _ in range(DRAWS):
+        state = fresh_weights(network, symmetry, rng)
+        args, named = fresh_inputs(inputs, rng)
+        expected = outputs(network, state, args, named)
+        if any(x.abs().max() > 0 for x in expected if x.numel()) and all(x.isfinite().all() for x in expected):
+            return Sample(network, state, args, named, expected)
+    raise SymmetryError("the model's outputs are zero or not finite on random weights: nothing can be proved")
+
+
+def stirred(space: Space, rng: np.random.Generator) -> Permutation:
+    """A random permutation that leaves no unit where it is: one cycle through each copy."""
+    indices = np.empty((space.copies, space.size), dtype=np.int64)
+    for row in indices:
+        order = rng.permutation(space.size)
+        row[order] = np.roll(order, 1)
+    return Permutation(indices)
+
+
 def control(
-    network: nn.Module,
-    state: Mapping[str, Tensor],
-    moved: Mapping[str, Tensor],
-    symmetry: Symmetry,
-    args: Sequence[Any],
-    named: Mapping[str, Any],
-    expected: Sequence[Tensor],
+    network: nn.Module, symmetry: Symmetry, inputs: Any, rng: np.random.Generator, threshold: float
 ) -> dict[str, float]:
-    """For each touched tensor, the change of the outputs when all are moved but it."""
-    changes = {}
+    """For each touched tensor, the largest change of the outputs when all are moved but it.
+
+    A tensor may be silent by chance, behind a unit that is off for every input: silent ones get another sample, until
+    two samples in a row find no more effect.
+    """
+    changes = dict.fromkeys(symmetry.sites, 0.0)
     aliases = {name: [alias for alias, first in symmetry.tied.items() if first == name] for name in symmetry.sites}
-    for name in symmetry.sites:
-        partial = dict(moved)
-        for each in (name, *aliases[name]):
-            partial[each] = state[name]
-        changes[name] = change(outputs(network, partial, args, named), expected)
+    silent, idle = list(changes), 0
+    while silent and idle < 2:
+        sample = draw(network, symmetry, inputs, rng)
+        moved = move_state(sample.state, {space.name: stirred(space, rng) for space in symmetry}, symmetry)
+        for name in silent:
+            unmoved = dict.fromkeys((name, *aliases[name]), sample.state[name])
+            changes[name] = max(changes[name], sample.change({**moved, **unmoved}))
+        still = [name for name in silent if changes[name] <= threshold]
+        idle = idle + 1 if len(still) == len(silent) else 0
+        silent = still
     return changes
 
 
-def culprit(
-    network: nn.Module,
-    state: Mapping[str, Tensor],
-    symmetry: Symmetry,
-    transforms: Transforms,
-    args: Sequence[Any],
-    named: Mapping[str, Any],
-    tolerance: float,
-) -> str:
+def culprit(sample: Sample, symmetry: Symmetry, transforms: Transforms, tolerance: float) -> str:
     """The first space whose transform alone changes the function."""
-    expected = outputs(network, state, args, named)
     for space in symmetry:
         alone = {s.name: transforms[s.name] if s is space else Permutation.identity(s) for s in symmetry}
-        if not change(outputs(network, move_state(state, alone, symmetry), args, named), expected) <= tolerance:
+        if not sample.change(move_state(sample.state, alone, symmetry)) <= tolerance:
             return f"space {space.name}"
     return "several spaces together"

@@ -10,13 +10,16 @@ from jaxtyping import Int, UInt64
 from isthmus.symmetry import Frozen, Group, Site, Space
 from isthmus.trace.capture import Program
 from isthmus.trace.execute import BatchNorm, Contraction, Tracing
-from isthmus.trace.labels import WILDCARD, Ids, Labels, Units, Value, compress, support
+from isthmus.trace.labels import ORTHOGONAL_LEVEL, WILDCARD, Ids, Labels, Units, Value, compress, support
 
 # By level of evidence: nothing but linear maps, squared norms, norms of centred values, units used one by one.
 GROUPS = (Group.INVERTIBLE, Group.ORTHOGONAL, Group.ORTHOGONAL_FIXING_ONES, Group.PERMUTATION)
-BOTH_SIDES = 1  # a tensor used as vector and as covector moves by T and T⁻¹ at once: T must be orthogonal
 
 Hashes = UInt64[np.ndarray, " _"]
+
+
+class IrregularError(Exception):
+    """The places of a space's units in a tensor do not correspond to one another."""
 
 
 @dataclass(eq=False)
@@ -122,7 +125,7 @@ def close_relations(units: Units) -> Int[np.ndarray, "edges 2"]:
             order = np.argsort(children, kind="stable")
             same = np.flatnonzero(children[order][1:] == children[order][:-1])
             if len(same):  # a function has one value: two parents of one child in one relation are the same unit
-                units.unite(parents[order[same]], parents[order[same + 1]])
+                units.unite(parents[order[same]], parents[order[same + 1]], ordered=False)
         movable = [(c, p) for c, p in records if not units.is_frozen(p).all()]
         for first, second in overlapping(movable):
             relate_images(units, movable[first], movable[second])
@@ -174,7 +177,7 @@ def relate_images(units: Units, first: tuple[Ids, Ids], second: tuple[Ids, Ids])
     differ = left != right
     if differ.any():
         pairs = np.unique(np.stack([left, right]), axis=1)
-        if not (units.is_frozen(pairs[0]).all() or units.is_frozen(pairs[1]).all()):
+        if not (units.is_frozen(pairs[0]).all() or units.is_frozen(pairs[1]).all()) and units.is_news(pairs):
             units.relate_pairs(pairs[0], pairs[1])
 
 
@@ -249,6 +252,8 @@ def build_blocks(
     for root in depths:
         classes[int(colours[root])].append(root)
     levels = units.levels()
+    while (levels[edges[:, 1]] < levels[edges[:, 0]]).any():  # what holds for units holds for what they are inside of
+        np.maximum.at(levels, edges[:, 1], levels[edges[:, 0]])
     for members in sorted(classes.values(), key=lambda group: (depths[group[0]], min(group))):
         above = {root: direct_parents(root, parents) for root in members}
         families: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -370,7 +375,7 @@ def locate(
     """Every place where a value touches a space: its dimensions, its positions, and the layer that says so.
 
     Raises:
-        ValueError: The units' places do not correspond to one another.
+        IrregularError: The units' places do not correspond to one another.
     """
     found: list[tuple[tuple[int, ...], Labels, Labels]] = []
     slots: list[Labels] = []
@@ -411,10 +416,10 @@ def positions_of(
     order = np.lexsort(keys[::-1])  # by unit, then by what tells its places apart; ties keep their order
     total = solution.blocks[block].copies * solution.blocks[block].size
     if len(touched) % total or not np.array_equal(keys[0][order], np.repeat(np.arange(total), len(touched) // total)):
-        raise ValueError("not every unit has the same number of places")
-    arranged = keys[1:, order].reshape(len(rests), total, -1)
+        raise IrregularError("not every unit has the same number of places")
+    arranged = keys[1:, order].reshape(len(rests), total, len(touched) // total)
     if not (arranged == arranged[:, :1]).all():
-        raise ValueError("the places of two units do not correspond")
+        raise IrregularError("the places of two units do not correspond")
     return touched[order].reshape(solution.blocks[block].copies, solution.blocks[block].size, -1)
 
 
@@ -444,7 +449,7 @@ def irregular_sites(tracing: Tracing, solution: Solution) -> Ids | None:
     for block, value in touched_pairs(tracing, solution):
         try:
             locate(tracing, solution, value, block)
-        except ValueError:
+        except IrregularError:
             return solution.blocks[block].roots.ravel()
     return None
 
@@ -479,7 +484,8 @@ def describe_spaces(tracing: Tracing, solution: Solution, names: Sequence[str]) 
                 ids = layer[layer != WILDCARD]
                 contracted, kept = tracing.units.contracted[ids].any(), tracing.units.kept[ids].any()
                 if contracted and kept:
-                    levels[block] = max(levels[block], BOTH_SIDES)
+                    # It moves by T and by T⁻¹ at once.
+                    levels[block] = max(levels[block], ORTHOGONAL_LEVEL)
                 role = "variance" if name in variances else "covector" if contracted and not kept else "vector"
                 sites[block].append(Site(name, dims, positions, role))
     has_children = {block.parent for block in solution.blocks}
@@ -558,7 +564,7 @@ def describe_graph(tracing: Tracing, solution: Solution, program: Program, names
         for block in blocks_in(tracing.units, solution, value):
             try:
                 located = locate(tracing, solution, value, block)
-            except ValueError:
+            except IrregularError:
                 continue  # a part of a space, or several spaces side by side: it cannot stand for the whole
             if names[block]:
                 places += [(names[block], Site(node.name, dims, at, "vector")) for dims, at, _ in located]

@@ -4,6 +4,7 @@ import torch
 from torch._ops import OpOverload
 
 from isthmus.trace.execute import Rule
+from isthmus.trace.rules.constant import CONSTANTS
 from isthmus.trace.rules.contraction import CONTRACTIONS
 from isthmus.trace.rules.normalisation import NORMALISATIONS
 from isthmus.trace.rules.pointwise import POINTWISE
@@ -11,7 +12,15 @@ from isthmus.trace.rules.reduction import REDUCTIONS
 from isthmus.trace.rules.spatial import SPATIAL
 from isthmus.trace.rules.view import VIEWS
 
-RULES: dict[str, Rule] = {**CONTRACTIONS, **NORMALISATIONS, **POINTWISE, **REDUCTIONS, **SPATIAL, **VIEWS}
+RULES: dict[str, Rule] = {
+    **CONSTANTS,
+    **CONTRACTIONS,
+    **NORMALISATIONS,
+    **POINTWISE,
+    **REDUCTIONS,
+    **SPATIAL,
+    **VIEWS,
+}
 
 
 def is_pointwise(op: OpOverload) -> bool:

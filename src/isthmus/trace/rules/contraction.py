@@ -7,6 +7,7 @@ from torch import fx
 
 from isthmus.trace.execute import Contraction, Rule, Tracing, freeze_value
 from isthmus.trace.labels import (
+    ORTHOGONAL_LEVEL,
     Units,
     Value,
     compress,
@@ -18,21 +19,40 @@ from isthmus.trace.labels import (
     unsqueeze,
     with_rigid,
 )
+from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL
 
 
 def contract(units: Units, left: Value, right: Value, dims: list[int]) -> Value:
     """The product of two aligned values, summed over `dims`; notes on which side of the sum parameters' units lie."""
     ndim = max(len(left.shape), len(right.shape))
     gone = {d % ndim for d in dims}
+    # Only in a product with a parameter is it known which factor moves by T and which by T⁻¹.
+    one_parameter = (left.source is None) != (right.source is None)
     for value in (left, right):
-        if value.source is None:
-            continue
         offset = ndim - len(value.shape)
         for layer in value.layers:
             summed = {d + offset for d in support(layer)} & gone
+            if summed and not one_parameter:
+                units.limit(layer.ravel(), ORTHOGONAL_LEVEL)
+            if summed and not is_told_apart(units, right if value is left else left, ndim, gone):
+                units.limit(layer.ravel(), PERMUTATION_LEVEL)
+            if value.source is None:
+                continue
             (units.contracted if summed else units.kept)[layer.ravel()] = True
     product = merge(units, [left, right])
     return reduce(units, product, sorted(gone))
+
+
+def is_told_apart(units: Units, value: Value, ndim: int, gone: set[int]) -> bool:
+    """Whether no two of the positions that are summed over hold the same number: only such can be mixed at will."""
+    offset = ndim - len(value.shape)
+    shape = tuple(size if d + offset in gone else 1 for d, size in enumerate(value.shape))
+    rows = [np.arange(1)]
+    for layer in value.layers:
+        if {d + offset for d in support(layer)} <= gone:
+            rows.append(np.broadcast_to(units.find(layer), shape).ravel())
+    labels = np.stack(np.broadcast_arrays(*rows))
+    return np.unique(labels, axis=1).shape[1] == int(np.prod(shape))
 
 
 def record(tracing: Tracing, node: fx.Node, weight: object, bias: object, channel: int, output: int = 0) -> None:

@@ -1,5 +1,6 @@
 """Normalisations: statistics over some axes, and a product with gains that belong to units."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 from torch import fx
@@ -77,12 +78,21 @@ def instance_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return normalised(tracing.units, x, [statistics, *parts])
 
 
+def weight_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """A weight's direction `v / ‖v‖` times its size `g`, the norm being taken over all dimensions but `dim`."""
+    v: Value = a.v
+    dims = [d for d in range(len(v.shape)) if d != a.dim]
+    out = normalised(tracing.units, v, [reduce(tracing.units, v, dims, keepdim=True), a.g])
+    return replace(out, source=v.source)
+
+
 NORMALISATIONS: dict[str, Rule] = {
     "aten.batch_norm": batch_norm,
     "aten.layer_norm": layer_norm,
     "aten.rms_norm": layer_norm,
     "aten.group_norm": group_norm,
     "aten.instance_norm": instance_norm,
+    "aten._weight_norm": weight_norm,
     "aten.softmax": softmax,
     "aten._softmax": softmax,
     "aten.log_softmax": softmax,

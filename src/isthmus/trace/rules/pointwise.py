@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx
 
 from isthmus.trace.execute import Rule, Tracing, values_in
-from isthmus.trace.labels import Units, Value, merge, support
+from isthmus.trace.labels import Units, Value, compress, merge, support
 
 # Evidence levels: 0 says that only linear maps were seen, 3 that a unit is used as a single number.
 PERMUTATION_LEVEL = 3
@@ -78,8 +78,34 @@ def prelu(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return out
 
 
+def gated(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """`glu`: the first half along a dimension, times the sigmoid of the second."""
+    x: Value = vars(a)["self"]
+    dim = a.dim % len(x.shape)
+    halves = [narrow(tracing.units, x, dim, start, x.shape[dim] // 2) for start in (0, x.shape[dim] // 2)]
+    out = merge(tracing.units, halves)
+    limit_value(tracing.units, out, PERMUTATION_LEVEL)
+    tracing.nonlinear += [x.name for x in node.args[:1] if isinstance(x, fx.Node)]
+    return out
+
+
+def narrow(units: Units, value: Value, dim: int, start: int, length: int) -> Value:
+    """A slice of a value."""
+    shape = (*value.shape[:dim], length, *value.shape[dim + 1 :])
+    cut = [x.take(range(start, start + length), axis=dim) if x.shape[dim] > 1 else x for x in value.layers]
+    layers = [compress(layer) for layer in cut]
+    for layer in layers:
+        units.occur(layer)
+    return Value(shape, tuple(layer for layer in layers if support(layer)), source=value.source)
+
+
+# Operations that work element by element although torch does not say so.
+UNDECLARED = ("hardswish", "log_sigmoid", "masked_fill", "float_power", "softplus", "threshold", "copy")
+
 POINTWISE: dict[str, Rule] = {
     "pointwise": pointwise,
+    **{f"aten.{name}": pointwise for name in UNDECLARED},
+    "aten.glu": gated,
     "aten.clone": unchanged,
     "aten.alias": unchanged,
     "aten.contiguous": unchanged,

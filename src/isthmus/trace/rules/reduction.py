@@ -8,7 +8,7 @@ from torch import fx
 
 from isthmus.trace.execute import Rule, Tracing, freeze_value, output_shapes
 from isthmus.trace.labels import Value, reduce, rigid_value, support
-from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
+from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value, pointwise
 
 LINEAR = {"aten.mean", "aten.sum"}
 
@@ -36,11 +36,12 @@ def dimensions(a: SimpleNamespace, ndim: int) -> Sequence[int]:
 
 def extreme_with_index(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """`max(dim)` and the like: the values are a reduction; the indices name positions, which fixes the axis."""
+    if getattr(a, "other", None) is not None:
+        return pointwise(tracing, node, a)  # the larger of two tensors, element by element
     if getattr(a, "dim", None) is None:
         return reduction(tracing, node, a)
     x: Value = vars(a)["self"]
-    users = [user.args[1] for user in node.users]
-    if any(index != 0 for index in users):
+    if any(user.args[1] != 0 and user.users for user in node.users):
         freeze_value(tracing.units, x, "its index is taken by an extreme")
     limit_value(tracing.units, x, PERMUTATION_LEVEL)
     values = reduce(tracing.units, x, [a.dim], keepdim=bool(getattr(a, "keepdim", False)))

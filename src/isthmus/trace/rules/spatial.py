@@ -8,7 +8,7 @@ import numpy as np
 from torch import fx
 
 from isthmus.trace.execute import Rule, Tracing, output_shapes
-from isthmus.trace.labels import WILDCARD, Value, pin, rigid_layers, support, with_rigid
+from isthmus.trace.labels import WILDCARD, Value, pin, rigid_layers, simplify, support, with_rigid
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
 
 LINEAR = ("avg_pool", "upsample")
@@ -49,6 +49,7 @@ def pad(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     units = tracing.units
     layers = []
     renewed: set[int] = set()
+    bordered: set[int] = set()
     for layer in x.layers:
         touched = set(support(layer)) & padded
         if not touched:
@@ -58,10 +59,18 @@ def pad(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
         elif mode == "constant" and all(low >= 0 and high >= 0 for low, high in amounts):
             grown = [amounts[d] if d in support(layer) else (0, 0) for d in range(layer.ndim)]
             layers.append(np.pad(layer, grown, constant_values=WILDCARD))
+            bordered |= touched
         else:
             return NotImplemented
+    if mode == "constant" and a.value:
+        limit_value(units, x, PERMUTATION_LEVEL)
+    for d in sorted(bordered):  # a border differs from what is inside, and from other borders that carry no labels
+        low, high = amounts[d]
+        inside, border = units.rigid(2)
+        layout = [-1 if i == d else 1 for i in range(len(shape))]
+        layers.append(np.repeat([border, inside, border], [low, x.shape[d], high]).reshape(layout))
     layers += rigid_layers(units, shape, sorted(renewed | (padded - {d for x in layers for d in support(x)})))
-    return Value(shape, tuple(layers))
+    return Value(shape, simplify(units, layers))
 
 
 SPATIAL: dict[str, Rule] = {

@@ -1,0 +1,505 @@
+"""The command line: parse, call, print. Bad input is one line on standard error and exit code 2."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from isthmus.errors import InputError, IsthmusError
+from isthmus.recipe import Alignment, Data, Member, Recipe, read_recipe
+from isthmus.registry import did_you_mean
+
+app = typer.Typer(
+    name="isthmus",
+    help="Join independently trained neural networks into one: align, merge, mend, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+
+# Options of the matching method are taken as they come, so that each method brings its own.
+METHOD_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Model = Annotated[str, typer.Option("--model", help="zoo:NAME?key=value, or package.module:factory?key=value.")]
+DataName = Annotated[str | None, typer.Option("--data", help="A data set's name, or FILE.npz.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of data sets; else $ISTHMUS_DATA.")]
+Samples = Annotated[int, typer.Option(help="Training samples for statistics and activations.")]
+Method = Annotated[str, typer.Option(help="Matching method; its own options may follow, as --restarts 10.")]
+Shape = Annotated[str | None, typer.Option("--input", help="Shape of one input sample, such as 3,32,32.")]
+Seed = Annotated[int, typer.Option(help="Seeds everything random.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing run folder.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Leave out the proof; the report says so.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output and nothing else.")]
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="zoo:NAME?key=value, or package.module:factory?key=value.")],
+    data: DataName = None,
+    data_dir: DataDir = None,
+    shape: Shape = None,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's spaces, groups and sites; what is frozen, and why."""
+    from isthmus.data import load_data
+    from isthmus.pipeline import inspect_model
+
+    loaded = None if data is None else load_data(data, data_dir)
+    report = inspect_model(model, parse_shape(shape), loaded, prove=not no_verify)
+    if as_json:
+        return print_json(report)
+    symmetry = report["symmetry"]
+    console.print(f"[bold]{escape(model)}[/]  {report['parameters']:,} parameters, traced in {report['seconds']:.1f} s")
+    if report["assumed"]:
+        console.print(f"assumed {escape(report['assumed'])}; --input sets it", style="yellow")
+    console.print(space_tree(symmetry))
+    print_frozen(symmetry)
+    print_proof(report["proof"])
+    console.print(f"{symmetry['free_units']:,} free units; {100 * symmetry['moved_share']:.1f} % of the numbers can move")
+    return None
+
+
+@app.command(context_settings=METHOD_OPTIONS)
+def merge(
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints, or one recipe (.yaml).")],
+    out: Out,
+    model: Annotated[str | None, typer.Option("--model", help="The architecture; a recipe names it itself.")] = None,
+    method: Method = "weight_matching",
+    average: Annotated[str, typer.Option(help="How aligned weights are averaged.")] = "mean",
+    weights: Annotated[str | None, typer.Option(help="One weight a model, such as 0.7,0.3.")] = None,
+    repair: Annotated[str, typer.Option(help="reset, repair or none.")] = "reset",
+    data: DataName = None,
+    data_dir: DataDir = None,
+    samples: Samples = 10_000,
+    shape: Shape = None,
+    dtype: Annotated[str | None, typer.Option(help="Load the models in this precision.")] = None,
+    out_dtype: Annotated[str | None, typer.Option(help="Write the merged model in this precision.")] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    no_verify: NoVerify = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the recipe, write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge checkpoints of one architecture into one model: prove, align, average, mend, measure."""
+    from isthmus.pipeline import load_inputs, run_merge
+
+    paths, options = split_options(checkpoints)
+    if len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml"):
+        recipe = read_recipe(Path(paths[0]))
+    else:
+        recipe = build_recipe(
+            paths, model, method, options, data, data_dir, samples, shape, seed, no_verify,
+            merge_method=average, repair=None if repair == "none" else repair, dtype=dtype, out_dtype=out_dtype,
+            weights=weights,
+        )  # fmt: skip
+    recipe.check()
+    if dry_run:
+        load_inputs(recipe)
+        return console.print(recipe.to_yaml(), end="", markup=False)
+    report = run_merge(recipe, out, force=force, command=command_line())
+    if as_json:
+        return print_json(report)
+    print_proof(report["proof"])
+    print_method(report["method"])
+    print_scores(report)
+    console.print(escape(report["verdict"]), style="bold")
+    if report["repair"] is None and repair != "none" and data is None:
+        console.print("no --data: BatchNorm statistics, if any, are averaged and not mended", style="yellow")
+    console.print(f"written to {escape(str(out))}: model.safetensors, report.html, recipe.yaml")
+    return None
+
+
+@app.command(context_settings=METHOD_OPTIONS)
+def align(
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints of one architecture.")],
+    model: Model,
+    out: Out,
+    method: Method = "weight_matching",
+    data: DataName = None,
+    data_dir: DataDir = None,
+    samples: Samples = 10_000,
+    shape: Shape = None,
+    seed: Seed = 0,
+    force: Force = False,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write each checkpoint in the first one's frame: the same function, weights that can be averaged."""
+    from isthmus.pipeline import run_align
+
+    paths, options = split_options(checkpoints)
+    recipe = build_recipe(paths, model, method, options, data, data_dir, samples, shape, seed, no_verify, repair=None)
+    report = run_align(recipe, out, force=force, command=command_line())
+    if as_json:
+        return print_json(report)
+    print_proof(report["proof"])
+    print_method(report["method"])
+    console.print(escape(report["verdict"]), style="bold")
+    console.print(f"written to {escape(str(out))}: {escape(', '.join(report['aligned']))}, alignment.safetensors")
+    return None
+
+
+@app.command(context_settings=METHOD_OPTIONS)
+def connect(
+    checkpoints: Annotated[list[str], typer.Argument(help="Two checkpoints of one architecture.")],
+    model: Model,
+    data: DataName = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for curve.json, curve.svg, curve.png.")] = None,
+    method: Method = "weight_matching",
+    data_dir: DataDir = None,
+    samples: Samples = 10_000,
+    points: Annotated[int, typer.Option(help="How many λ to measure, both ends included.")] = 11,
+    split: Annotated[str, typer.Option(help="Score on test or train.")] = "test",
+    raw: Annotated[bool, typer.Option("--raw", help="Leave BatchNorm statistics interpolated.")] = False,
+    shape: Shape = None,
+    seed: Seed = 0,
+    force: Force = False,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure loss and accuracy along the line between two models, as they are and aligned."""
+    from isthmus.checkpoint import new_folder, write_text
+    from isthmus.pipeline import finite, run_connect
+    from isthmus.report import draw_curve
+
+    paths, options = split_options(checkpoints)
+    recipe = build_recipe(paths, model, method, options, data, data_dir, samples, shape, seed, no_verify, repair=None)
+
+    def run() -> dict[str, Any]:
+        return run_connect(recipe, points=points, split=split, raw=raw)
+
+    if out is None:
+        report = run()
+    else:
+        with new_folder(out, force) as folder:
+            report = run()
+            write_text(folder / "report.json", json.dumps(finite(report), indent=1))
+            for kind in ("svg", "png"):
+                (folder / f"curve.{kind}").write_bytes(draw_curve(report, kind))
+    if as_json:
+        return print_json(report)
+    print_method(report["method"])
+    print_curves(report)
+    if out is not None:
+        console.print(f"written to {escape(str(out))}: curve.svg, curve.png, report.json")
+    return None
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="zoo:NAME?key=value, or package.module:factory?key=value.")],
+    data: Annotated[str, typer.Option("--data", help="A data set's name, or FILE.npz.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint to write (.safetensors).")],
+    seed: Seed = 0,
+    preset: Annotated[str | None, typer.Option(help="Training recipe, such as cpu_mlp or horoi2024_vgg11.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="L2 penalty.")] = None,
+    split: Annotated[str, typer.Option(help="none, 80-20, dirichlet or classes: what this model's part of the data is.")] = "none",
+    part: Annotated[int, typer.Option(help="Which part of the split this model gets.")] = 0,
+    parts: Annotated[int, typer.Option(help="How many parts the split has.")] = 2,
+    data_dir: DataDir = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one parent; an interrupted training continues when the same command is given again."""
+    from isthmus.training import run_train
+
+    report = run_train(
+        model, data, out, seed=seed, preset=preset, split=split, part=part, parts=parts, folder=data_dir, force=force,
+        changes={"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "weight_decay": weight_decay},
+    )  # fmt: skip
+    if as_json:
+        return print_json(report)
+    score = report["test"]
+    console.print(
+        f"{escape(str(out))}: {100 * score['accuracy']:.2f} % on {escape(data)} (test), loss {score['loss']:.4f}, "
+        f"{report['seconds']:.0f} s"
+    )
+    return None
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Train two small networks here, show that averaging fails, and join them: about half a minute."""
+    from isthmus.demo import run_demo
+
+    report = run_demo(out, say=None if as_json else console.print)
+    if as_json:
+        return print_json(report)
+    print_scores(report)
+    console.print(escape(report["verdict"]), style="bold")
+    console.print(f"open {escape(str(out / 'report.html'))} for the whole story")
+    return None
+
+
+def split_options(tokens: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Positional paths, and the options `--name value` among them, which belong to the matching method.
+
+    Raises:
+        InputError: An option without a value.
+    """
+    paths: list[str] = []
+    options: dict[str, Any] = {}
+    index = 0
+    while index < len(tokens):
+        token = tokens[index]
+        if token.startswith("-") and token != "-":
+            name, equals, value = token.lstrip("-").partition("=")
+            if not equals:
+                index += 1
+                if index == len(tokens):
+                    raise InputError(f"option {token} has no value: give one, as {token} VALUE")
+                value = tokens[index]
+            options[name.replace("-", "_")] = parse_value(value)
+        else:
+            paths.append(token)
+        index += 1
+    return paths, options
+
+
+def parse_value(text: str) -> Any:
+    """JSON, or else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def parse_shape(text: str | None) -> list[int] | None:
+    """The shape in a text such as `3,32,32`.
+
+    Raises:
+        InputError: It is no list of positive integers.
+    """
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--input {text!r}: give the shape of one sample, such as 3,32,32")
+    return [int(part) for part in parts]
+
+
+def build_recipe(
+    paths: Sequence[str],
+    model: str | None,
+    method: str,
+    options: dict[str, Any],
+    data: str | None,
+    data_dir: Path | None,
+    samples: int,
+    shape: str | None,
+    seed: int,
+    no_verify: bool,
+    *,
+    weights: str | None = None,
+    **rest: Any,
+) -> Recipe:
+    """The recipe that command-line options describe.
+
+    Raises:
+        InputError: No architecture, weights that do not fit, or an unknown option.
+    """
+    if model is None:
+        raise InputError("no architecture: give --model zoo:NAME or --model package.module:factory")
+    if samples < 1:
+        raise InputError(f"--samples {samples}: give a positive number")
+    members = [Member(model=path) for path in paths]
+    if weights is not None:
+        numbers = [parse_value(part) for part in weights.split(",")]
+        if len(numbers) != len(members) or not all(isinstance(x, int | float) for x in numbers):
+            raise InputError(f"--weights {weights}: give {len(members)} numbers, one a model, separated by commas")
+        members = [m.model_copy(update={"parameters": {"weight": float(x)}}) for m, x in zip(members, numbers, strict=True)]
+    check_option_names(method, options)
+    folder = None if data_dir is None else str(data_dir)
+    recipe = Recipe(
+        models=members,
+        architecture=model,
+        align=Alignment(method=method, options=options),
+        data=None if data is None else Data(name=data, folder=folder, samples=samples),
+        input=parse_shape(shape),
+        seed=seed,
+        verify=not no_verify,
+        **rest,
+    )
+    recipe.check()
+    return recipe
+
+
+def check_option_names(method: str, options: Mapping[str, Any]) -> None:
+    """Refuses an option that neither the command nor the method has, with a hint at the nearest of both."""
+    import dataclasses
+
+    from isthmus.match import METHODS
+
+    own = [field.name for field in dataclasses.fields(METHODS[method])] if method in METHODS else []  # type: ignore[arg-type]
+    context = click.get_current_context(silent=True)
+    known = [p.opts[-1].lstrip("-").replace("-", "_") for p in context.command.params] if context else []
+    for name in options:
+        if method in METHODS and name not in own:
+            hint = did_you_mean(name, [*own, *known])
+            raise InputError(f"no option --{name.replace('_', '-')}{hint}: {method} has {', '.join(own) or 'none'}; see --help")
+
+
+def command_line() -> str:
+    """The command as it was given, for the report."""
+    return shlex.join(["isthmus", *sys.argv[1:]])
+
+
+def print_json(report: Mapping[str, Any]) -> None:
+    """Prints a report as JSON."""
+    from isthmus.pipeline import finite
+
+    sys.stdout.write(json.dumps(finite(report), ensure_ascii=False) + "\n")
+
+
+def space_tree(symmetry: Mapping[str, Any]) -> Tree:
+    """The spaces as a tree, children under their parents, each with its sites."""
+    root = Tree("spaces")
+    branches: dict[str | None, Tree] = {None: root}
+    for space in symmetry["spaces"]:
+        copies = f"{space['copies']} × " if space["copies"] > 1 else ""
+        branch = branches[space["parent"]].add(f"{escape(space['name'])}  {copies}{space['size']} units, {space['group']}")
+        branches[space["name"]] = branch
+        for site in space["sites"]:
+            dims = ", ".join(str(d) for d in site["dims"])
+            branch.add(f"[dim]{escape(site['parameter'])} [{dims}\\] {site['role']}[/]")
+    return root
+
+
+def print_frozen(symmetry: Mapping[str, Any]) -> None:
+    """Prints what cannot move, grouped by reason."""
+    groups: dict[tuple[bool, str, str, str], list[str]] = {}
+    for item in symmetry["frozen"]:
+        place = f"{item['operation']} in {item['module'] or 'the model'}" if item["operation"] and not item["expected"] else ""
+        key = (item["expected"], item["reason"], place, "")
+        groups.setdefault(key, []).append(f"{item['parameter']}[{item['dim']}]")
+    for (expected, reason, place, _), items in sorted(groups.items()):
+        shown = ", ".join(items[:6]) + (f" and {len(items) - 6} more" if len(items) > 6 else "")
+        where = f" ({place})" if place else ""
+        console.print(f"frozen: {escape(reason)}{escape(where)}: {escape(shown)}", style=None if expected else "yellow")
+    if symmetry["untouched"]:
+        console.print(f"never used: {escape(', '.join(symmetry['untouched']))}", style="yellow")
+
+
+def print_proof(proof: Mapping[str, Any] | None) -> None:
+    """Prints what was proved."""
+    if proof is None:
+        console.print("not proved (--no-verify)", style="yellow")
+        return
+    silent = f"; no effect on the outputs: {', '.join(proof['no_ops'])}" if proof["no_ops"] else ""
+    console.print(
+        f"proved: random transforms of all spaces change the outputs by {proof['max_error']:.0e} at most "
+        f"(rounding explains {proof['tolerance']:.0e}), leaving out any tensor by {proof['weakest_control']:.0e} at least"
+        f"{escape(silent)}",
+        style="green",
+    )
+
+
+def print_method(method: Mapping[str, Any]) -> None:
+    """Prints what the matching reached."""
+    reached = ""
+    if method["objective"] is not None:
+        reached = f", objective {method['objective']:.6g}"
+        if method["upper_bound"]:
+            reached += f" ({100 * method['objective'] / method['upper_bound']:.0f} % of its upper bound)"
+    done = "" if method["converged"] else ", not converged"
+    console.print(f"aligned by {method['name'].replace('_', ' ')} in {method['seconds']:.1f} s{reached}{done}")
+
+
+def print_scores(report: Mapping[str, Any]) -> None:
+    """Prints the scores as a table."""
+    scores = report.get("scores")
+    if not scores:
+        return
+    table = Table(title=f"{report['data']['name']}, {report['data']['score_split']} split", title_justify="left")
+    table.add_column("model")
+    table.add_column("accuracy", justify="right")
+    table.add_column("loss", justify="right")
+    rows = [(f"parent {index}", score) for index, score in enumerate(scores["parents"])]
+    rows += [
+        ("ensemble", scores["ensemble"]),
+        ("naive average", scores["naive"]),
+        ("naive average, mended", scores["naive_mended"]),
+        ("aligned average", scores["aligned"]),
+        ("merged model", scores["merged"]),
+    ]
+    for name, score in rows:
+        if score is not None:
+            accuracy = "–" if score["accuracy"] is None else f"{100 * score['accuracy']:.2f} %"
+            table.add_row(name, accuracy, f"{score['loss']:.4f}", style="bold" if name == "merged model" else None)
+    console.print(table)
+
+
+def print_curves(report: Mapping[str, Any]) -> None:
+    """Prints both curves, λ by λ, and their barriers."""
+    curves = report["curves"][0]
+    table = Table(title=f"{report['data']['name']}, {report['split']} split", title_justify="left")
+    table.add_column("λ", justify="right")
+    for name in ("as they are", "aligned"):
+        table.add_column(f"loss, {name}", justify="right")
+        table.add_column(f"accuracy, {name}", justify="right")
+    naive, aligned = curves["naive"], curves["aligned"]
+    for index, x in enumerate(naive["lambdas"]):
+        cells = []
+        for curve in (naive, aligned):
+            cells.append(f"{curve['losses'][index]:.4f}")
+            cells.append(f"{100 * curve['accuracies'][index]:.2f} %" if curve["accuracies"] else "–")
+        table.add_row(f"{x:.2f}", *cells)
+    console.print(table)
+    for name, curve in (("as they are", naive), ("aligned", aligned)):
+        console.print(
+            f"{name}: loss barrier {curve['barrier']:.4f} (at ½ {curve['midpoint_barrier']:.4f}), "
+            f"error barrier {100 * curve['error_barrier']:.2f} points"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="isthmus")
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        return interrupted()
+    except KeyboardInterrupt:
+        return interrupted()
+    except click.ClickException as error:
+        return refuse(error.format_message())
+    except IsthmusError as error:
+        return refuse(str(error))
+    except OSError as error:
+        return refuse(f"{error.strerror or error}: {error.filename or 'while reading or writing'}; check the path and the disk")
+
+
+def refuse(message: str) -> int:
+    """Prints one line on standard error; the exit code for bad input."""
+    sys.stderr.write(f"isthmus: {' '.join(message.split())}\n")
+    return 2
+
+
+def interrupted() -> int:
+    """Says that the user stopped the run; the exit code for that."""
+    sys.stderr.write("isthmus: interrupted; nothing was written\n")
+    return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

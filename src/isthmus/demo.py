@@ -1,0 +1,41 @@
+"""The whole story on data that is always there: two networks trained from different seeds become one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from isthmus.pipeline import run_merge
+from isthmus.recipe import Alignment, Data, Member, Recipe
+from isthmus.training import run_train
+
+ARCHITECTURE = "zoo:cnn"
+SEEDS = (0, 1)
+
+
+def run_demo(out: Path, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Trains two small networks on digits, merges them into a run folder, and returns its report.
+
+    Args:
+        out: The run folder; one written before is replaced.
+        say: Called with a line at each step.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    tell = say or (lambda line: None)
+    parents = out.parent / f"{out.name}-parents"
+    members = []
+    for seed in SEEDS:
+        path = parents / f"seed{seed}.safetensors"
+        report = run_train(ARCHITECTURE, "digits", path, seed=seed, force=True)
+        tell(f"trained a network from seed {seed}: {100 * report['test']['accuracy']:.1f} % of digits right")
+        members.append(Member(model=str(path)))
+    recipe = Recipe(
+        models=members,
+        architecture=ARCHITECTURE,
+        align=Alignment(method="weight_matching"),
+        data=Data(name="digits"),
+        repair="reset",
+    )
+    tell("tracing, proving, aligning, merging, mending and measuring …")
+    return run_merge(recipe, out, force=True, command="isthmus demo")

@@ -1,0 +1,77 @@
+"""Training a parent from the command line: data, its split, a preset, the checkpoint and its score."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isthmus.checkpoint import hash_file, save_state
+from isthmus.connect import evaluate
+from isthmus.data import load_data, split_for_models
+from isthmus.errors import CheckpointError, InputError
+from isthmus.registry import did_you_mean
+from isthmus.train import PRESETS, TrainOptions, train
+
+# The preset that suits a data set where the command names none.
+USUAL_PRESETS = {"digits": "cpu_digits", "cifar10": "cpu_resnet20", "cifar100": "cpu_resnet20"}
+
+
+def run_train(
+    model: str,
+    data: str,
+    out: Path,
+    *,
+    seed: int,
+    preset: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    split: str = "none",
+    part: int = 0,
+    parts: int = 2,
+    folder: Path | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Trains a model, writes its checkpoint, and returns its score on the test split.
+
+    Progress is kept beside the checkpoint and removed when it is written.
+
+    Raises:
+        CheckpointError: The checkpoint exists and `force` is not set, or it cannot be written.
+        InputError: An unknown preset or split, or a part that the split does not have.
+        IsthmusError: Anything else that loading the data and training raise.
+    """
+    if out.exists() and not force:
+        raise CheckpointError(f"{out} exists: choose another -o or pass --force")
+    if out.suffix != ".safetensors":
+        raise InputError(f"{out}: a checkpoint is written as safetensors; choose a name that ends in .safetensors")
+    name = preset or USUAL_PRESETS.get(data, "cpu_mlp")
+    if name not in PRESETS:
+        raise InputError(f"no preset {name!r}{did_you_mean(name, PRESETS)}: choose from {', '.join(PRESETS)}")
+    options: TrainOptions = PRESETS[name]
+    changed = {key: value for key, value in (changes or {}).items() if value is not None}
+    options = dataclasses.replace(options, **changed)
+    loaded = load_data(data, folder)
+    indices = None
+    if split != "none":
+        portions = split_for_models(loaded.y_train, split, models=parts, seed=0)
+        if not 0 <= part < len(portions):
+            raise InputError(f"--part {part}: the split has parts 0 … {len(portions) - 1}")
+        indices = portions[part]
+    resume = out.with_name(out.name + ".resume")
+    start = time.perf_counter()
+    trained = train(model, loaded, options, seed=seed, indices=indices, resume=resume, progress=True)
+    score = evaluate(trained.model, loaded.test())
+    save_state(trained.model.state_dict(), out, metadata={"format": "pt"})
+    resume.unlink(missing_ok=True)
+    return {
+        "model": model,
+        "data": data,
+        "seed": seed,
+        "preset": name,
+        "options": dataclasses.asdict(options),
+        "split": {"name": split, "part": part, "parts": parts} if split != "none" else None,
+        "checkpoint": {"path": str(out.resolve()), "sha256": hash_file(out)},
+        "history": [dataclasses.asdict(epoch) for epoch in trained.history],
+        "test": {"loss": score.loss, "accuracy": score.accuracy, "count": score.count},
+        "seconds": time.perf_counter() - start,
+    }

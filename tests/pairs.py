@@ -1,0 +1,93 @@
+"""Small networks of one architecture: freshly drawn, and quickly trained on the digits, with their data and symmetry."""
+
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import isthmus
+from isthmus.data import load_data
+from isthmus.models import load_model, sample_shape
+
+MLP = "mlp?in_features=64&width=24&depth=3"
+VGG_BN = "vgg11_bn?width=0.0625&in_channels=1"
+RESNET20 = "resnet20?width=0.25&in_channels=1"
+CNN = "cnn?width=0.5"
+TRAINED = (MLP, VGG_BN, RESNET20)
+
+
+def fresh(spec: str, seed: int) -> nn.Module:
+    """A network at its initial weights."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return load_model(spec).eval()
+
+
+def lively(spec: str, seed: int) -> nn.Module:
+    """A network whose every tensor is in general position: norms have gains, shifts and statistics of their own."""
+    model = fresh(spec, seed)
+    stir(model, seed)
+    return model
+
+
+def stir(model: nn.Module, seed: int) -> None:
+    """Moves vectors away from their constant initial values, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.ndim == 1:
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.copy_(0.5 + noise if "running_var" in name else tensor + noise - 0.5)
+
+
+def inputs_of(model: nn.Module, samples: int, seed: int = 0) -> Tensor:
+    """Normal draws of the shape that the network takes."""
+    shape = sample_shape(model)
+    assert shape is not None
+    return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def symmetry(spec: str) -> isthmus.Symmetry:
+    """The symmetry of a network that `load_model` builds."""
+    model = fresh(spec, 0)
+    return isthmus.trace(model, inputs_of(model, 2))
+
+
+@cache
+def digits(shape: tuple[int, ...], part: str = "train", samples: int = 400) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Digits in batches of 100, enlarged to the images of that shape, or flattened."""
+    data = load_data("digits")
+    chosen = np.random.default_rng(0).permutation(len(data.y_train))
+    chosen = chosen[:samples] if part == "train" else chosen[-samples:]
+    x, y = data.x_train[chosen].float() / 8 - 1, data.y_train[chosen]
+    if len(shape) == 1:
+        x = x.flatten(1)
+    elif tuple(x.shape[1:]) != shape:
+        x = F.interpolate(x, size=shape[1:], mode="bilinear")
+    return tuple(zip(x.split(100), y.split(100), strict=True))
+
+
+@cache
+def data_of(spec: str, part: str = "train", samples: int = 400) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Labelled batches that a network takes."""
+    shape = sample_shape(fresh(spec, 0))
+    assert shape is not None
+    return digits(shape, part, samples)
+
+
+@cache
+def trained(spec: str, seed: int) -> nn.Module:
+    """A network after a few epochs on the digits; do not change it."""
+    model = fresh(spec, seed).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.cat(parts) for parts in zip(*data_of(spec), strict=True))
+    for _ in range(3):
+        for rows in torch.randperm(len(x), generator=generator).split(50):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    return model.eval()
