@@ -21,7 +21,9 @@ def solve_lap(similarity: Float[np.ndarray, "slots units"]) -> Int[np.ndarray, "
     """
     size = similarity.shape[0]
     if similarity.shape != (size, size) or not np.isfinite(similarity).all():
-        raise InputError(f"similarity of shape {similarity.shape}: an assignment needs a square matrix of finite numbers")
+        raise InputError(
+            f"similarity of shape {similarity.shape}: an assignment needs a square matrix of finite numbers"
+        )
     best = similarity.argmax(axis=1)
     if len(np.unique(best)) == size:
         return best

@@ -34,7 +34,6 @@ class Batch:
         targets = self.targets.to(device) if isinstance(self.targets, Tensor) else self.targets
         return Batch(moved.args, moved.kwargs, targets)
 
-
     def clone(self) -> "Batch":
         """A copy that a model may overwrite."""
         return self.mapped(lambda x: x.clone())
@@ -45,9 +44,7 @@ class Batch:
 
     def mapped(self, act: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with every input tensor replaced; targets as they are."""
-        args, kwargs = pytree.tree_map(
-            lambda x: act(x) if isinstance(x, Tensor) else x, (self.args, dict(self.kwargs))
-        )
+        args, kwargs = pytree.tree_map(lambda x: act(x) if isinstance(x, Tensor) else x, (self.args, dict(self.kwargs)))
         return Batch(args, kwargs, self.targets)
 
 

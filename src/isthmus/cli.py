@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from isthmus.errors import InputError, IsthmusError
@@ -27,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(highlight=False)
+
+# Typer does not export the base of its usage errors.
+UsageError: Any = typer.BadParameter.__bases__[0]
 
 # Options of the matching method are taken as they come, so that each method brings its own.
 METHOD_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -317,6 +320,7 @@ def build_recipe(
     Raises:
         InputError: No architecture, weights that do not fit, or an unknown option.
     """
+    check_option_names(method, options)
     if model is None:
         raise InputError("no architecture: give --model zoo:NAME or --model package.module:factory")
     if samples < 1:
@@ -327,7 +331,6 @@ def build_recipe(
         if len(numbers) != len(members) or not all(isinstance(x, int | float) for x in numbers):
             raise InputError(f"--weights {weights}: give {len(members)} numbers, one a model, separated by commas")
         members = [m.model_copy(update={"parameters": {"weight": float(x)}}) for m, x in zip(members, numbers, strict=True)]
-    check_option_names(method, options)
     folder = None if data_dir is None else str(data_dir)
     recipe = Recipe(
         models=members,
@@ -349,13 +352,21 @@ def check_option_names(method: str, options: Mapping[str, Any]) -> None:
 
     from isthmus.match import METHODS
 
-    own = [field.name for field in dataclasses.fields(METHODS[method])] if method in METHODS else []  # type: ignore[arg-type]
-    context = click.get_current_context(silent=True)
-    known = [p.opts[-1].lstrip("-").replace("-", "_") for p in context.command.params] if context else []
+    if method not in METHODS:
+        return  # the recipe's own check names the methods there are
+    fields: Any = METHODS[method]
+    own = [flag(field.name) for field in dataclasses.fields(fields)]
+    commands: Any = typer.main.get_command(app)
+    known = sorted({p.opts[-1] for command in commands.commands.values() for p in command.params if p.opts[-1][0] == "-"})
     for name in options:
-        if method in METHODS and name not in own:
-            hint = did_you_mean(name, [*own, *known])
-            raise InputError(f"no option --{name.replace('_', '-')}{hint}: {method} has {', '.join(own) or 'none'}; see --help")
+        if flag(name) not in own:
+            hint = did_you_mean(flag(name), [*own, *known])
+            raise InputError(f"no option {flag(name)}{hint}: {method} has {', '.join(own) or 'none'}; see --help")
+
+
+def flag(name: str) -> str:
+    """An option as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def command_line() -> str:
@@ -380,7 +391,7 @@ def space_tree(symmetry: Mapping[str, Any]) -> Tree:
         branches[space["name"]] = branch
         for site in space["sites"]:
             dims = ", ".join(str(d) for d in site["dims"])
-            branch.add(f"[dim]{escape(site['parameter'])} [{dims}\\] {site['role']}[/]")
+            branch.add(Text(f"{site['parameter']} [{dims}] {site['role']}", style="dim"))
     return root
 
 
@@ -474,14 +485,13 @@ def print_curves(report: Mapping[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 2 for bad input, 130 when interrupted."""
     command = typer.main.get_command(app)
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        result = command.main(args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="isthmus")
+        result = command.main(args=arguments, standalone_mode=False, prog_name="isthmus")
         return result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         return interrupted()
-    except KeyboardInterrupt:
-        return interrupted()
-    except click.ClickException as error:
+    except UsageError as error:
         return refuse(error.format_message())
     except IsthmusError as error:
         return refuse(str(error))

@@ -149,7 +149,9 @@ def interpolate(a: nn.Module, b: nn.Module, x: float) -> nn.Module:
     model = copy.deepcopy(a).eval()
     left, right = a.state_dict(), b.state_dict()
     mixed = {
-        name: torch.lerp(tensor.float(), right[name].float(), x).to(tensor.dtype) if tensor.is_floating_point() else tensor
+        name: torch.lerp(tensor.float(), right[name].float(), x).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor
         for name, tensor in left.items()
     }
     model.load_state_dict(mixed)

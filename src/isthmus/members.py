@@ -17,8 +17,8 @@ def as_modules(
 ) -> list[nn.Module]:
     """All models as modules in `eval()`, sharing no state with one another that the caller does not share already.
 
-    Modules are used as they are, but copied if they are in training mode; state dicts are loaded into copies of the first
-    module, or of `module`.
+    Modules are used as they are, but copied if they are in training mode; state dicts, and modules inside a wrapper that
+    the first is not in, are loaded into copies of the first module, or of `module`.
 
     Args:
         models: Modules or state dicts.
@@ -38,10 +38,11 @@ def as_modules(
     for index, model in enumerate(models):
         state = model.state_dict() if isinstance(model, nn.Module) else model
         checked = check_state(state, architecture, f"model {index}" if names is None else names[index])
-        if isinstance(model, nn.Module) and not any(part.training for part in model.modules()):
+        usable = isinstance(model, nn.Module) and state.keys() == checked.keys()  # not inside a wrapper
+        if isinstance(model, nn.Module) and usable and not any(part.training for part in model.modules()):
             modules.append(model)
         else:
-            loaded = copy.deepcopy(model if isinstance(model, nn.Module) else architecture)
+            loaded = copy.deepcopy(model if isinstance(model, nn.Module) and usable else architecture)
             loaded.load_state_dict(checked)
             modules.append(loaded.eval())
     return modules

@@ -57,19 +57,22 @@ def merge(
     if configured.needs in ("data", "labels") and data is None:
         raise DataError(f"{configured.name} needs data: give data=")
     if alignment is not None and len(alignment) != len(modules):
-        raise InputError(f"{len(modules)} models, but the alignment holds {len(alignment)}: give the aligned models, in order")
+        raise InputError(
+            f"{len(modules)} models, but the alignment holds {len(alignment)}: give the aligned models, in order"
+        )
     weights = check_coefficients(coefficients, len(modules))
     states = [upcast(model.state_dict()) for model in modules]
-    needs_repair = False
+    undefined: set[str] = set()
     if alignment is not None:
-        needs_repair = any(meets_variance(t, alignment.symmetry) for t in alignment.transforms)
+        undefined = {name for t in alignment.transforms for name in variances_met(t, alignment.symmetry)}
         states = [
             move_state(state, transforms, alignment.symmetry, reset_variances=True)
             for state, transforms in zip(states, alignment.transforms, strict=True)
         ]
     base_state = None if base is None else upcast(as_modules([base], modules[0])[0].state_dict())
     merged = configured(Aligned(states, weights, modules[0], data, base_state, seed))
-    return finish(modules[0], merged, needs_repair)
+    merged |= {name: torch.ones_like(merged[name]) for name in undefined}
+    return finish(modules[0], merged, needs_repair=bool(undefined))
 
 
 def check_coefficients(coefficients: Sequence[float] | None, models: int) -> list[float]:
@@ -82,8 +85,8 @@ def check_coefficients(coefficients: Sequence[float] | None, models: int) -> lis
         return [1 / models] * models
     if len(coefficients) != models:
         raise InputError(f"{len(coefficients)} coefficients for {models} models: give one a model")
-    total = math.fsum(coefficients)
-    if not math.isfinite(total) or total == 0:
+    total = sum(coefficients)
+    if not all(map(math.isfinite, (*coefficients, total))) or total == 0:
         raise InputError(f"coefficients {list(coefficients)}: they must be finite and not sum to zero")
     return [value / total for value in coefficients]
 
@@ -96,12 +99,15 @@ def upcast(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def meets_variance(transforms: Transforms, symmetry: Symmetry) -> bool:
-    """Whether some running variance is to be moved by a linear map, under which it is undefined."""
-    return any(
-        isinstance(transforms[space.name], LinearMap) and any(site.role == "variance" for site in space.sites)
+def variances_met(transforms: Transforms, symmetry: Symmetry) -> list[str]:
+    """The running variances that are to be moved by a linear map, under which they are undefined."""
+    return [
+        site.parameter
         for space in symmetry
-    )
+        if isinstance(transforms[space.name], LinearMap)
+        for site in space.sites
+        if site.role == "variance"
+    ]
 
 
 def finish(architecture: nn.Module, merged: Mapping[str, Tensor], needs_repair: bool) -> nn.Module:
@@ -111,5 +117,3 @@ def finish(architecture: nn.Module, merged: Mapping[str, Tensor], needs_repair: 
     model.load_state_dict({name: merged[name].to(old.dtype) if name in merged else old for name, old in state.items()})
     model.needs_repair = needs_repair  # type: ignore[assignment]
     return model
-
-

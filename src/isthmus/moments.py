@@ -4,15 +4,18 @@ Suffixes: S samples, N models, U units of a space with all its copies.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from isthmus.batches import Batch, read_batches
+from isthmus.batches import Batch, check_data, read_batches
 from isthmus.errors import DataError, InputError, SymmetryError
+from isthmus.members import as_modules
 from isthmus.progress import progress
 from isthmus.symmetry import Site, Space, Symmetry
 from isthmus.trace import trace
@@ -32,7 +35,9 @@ class Reader(fx.Interpreter):
         until: Stop once all watched nodes have run, and return None; else run to the end.
     """
 
-    def __init__(self, program: Program, observers: Mapping[str, Callable[[Tensor], Tensor | None]], *, until: bool = True):
+    def __init__(
+        self, program: Program, observers: Mapping[str, Callable[[Tensor], Tensor | None]], *, until: bool = True
+    ) -> None:
         super().__init__(program.exported.graph_module, garbage_collect_values=True)
         self.program = program
         self.observers = observers
@@ -41,6 +46,7 @@ class Reader(fx.Interpreter):
         self.position = {name: index for index, name in enumerate(order)}
 
     def run_node(self, n: fx.Node) -> Any:
+        """The node's value, or what its observer made of it; None behind the last watched node."""
         if self.position[n.name] > self.last and n.op != "placeholder":
             return None
         value = super().run_node(n)
@@ -52,7 +58,10 @@ class Reader(fx.Interpreter):
 
     def read(self, state: Mapping[str, Tensor], batch: Batch) -> Any:
         """The graph's outputs on a batch, with the weights of `state`."""
-        names, inputs = self.program.parameters, iter([*batch.args, *batch.kwargs.values()])
+        names, kwargs = self.program.parameters, batch.kwargs
+        if kwargs.keys() == self.program.kwargs.keys():  # the graph takes them in the order of its example
+            kwargs = {name: kwargs[name] for name in self.program.kwargs}
+        inputs = iter(pytree.tree_leaves((batch.args, dict(kwargs))))
         arguments = []
         for node in self.program.graph.nodes:
             if node.op != "placeholder":
@@ -89,7 +98,9 @@ class SpaceMoments:
         """Correlation of the units of one model with those of another; 0 for a unit that never varies."""
         scale = self.deviation
         product = scale[first, :, None] * scale[second, None, :]
-        return torch.where(product > 0, self.between(first, second) / product.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        return torch.where(
+            product > 0, self.between(first, second) / product.clamp_min(torch.finfo(torch.float64).tiny), 0.0
+        )
 
     @property
     def deviation(self) -> Float[Tensor, "models units"]:
@@ -165,95 +176,174 @@ def collect(
     """Means and covariances of every space's activations, within and between models, in one pass over the data.
 
     The models run in `eval()`; they and the data are left as they were. A unit's samples are its values at every input
-    and every position, such as the pixels of a feature map, at every node that stands for the space.
+    and every position, such as the pixels of a feature map, at every node that stands for the space. Positions that
+    other spaces move, such as the units of another branch in an outer product, are averaged: before the models are
+    matched, it is not known which of them correspond.
 
     Args:
         models: Models of one architecture.
         symmetry: What `trace` returned for it; found from `inputs` or the data's first batch if left out.
         data: Re-iterable batches; targets are not used.
-        at: `"post"` reads what the space's consumers receive, `"pre"` what enters its nonlinearities.
+        at: `"post"` reads what the space's consumers receive, `"pre"` what enters its nonlinearities; where the graph
+            shows no such place, it is the other.
         inputs: Example inputs for tracing.
 
     Raises:
         DataError: No data, empty data, or data that can be read only once.
         InputError: Unknown `at`, or no models.
-        SymmetryError: The symmetry was loaded from JSON and has no graph.
+        ModelError: The models are not of one architecture, or hold NaN or infinite weights.
+        SymmetryError: The symmetry is of another architecture.
     """
     if at not in ("post", "pre"):
         raise InputError(f"at={at!r}: activations are read at 'post' or 'pre'")
-    if not models:
-        raise InputError("no models: give at least one")
-    symmetry = symmetry_of(models[0], symmetry, inputs, data)
+    check_data(data)
+    modules = as_modules(models)
+    symmetry = symmetry_of(modules[0], symmetry, inputs, data)
     graph = symmetry.program
-    read_at: Mapping[str, tuple[str, ...]] = graph.post if at == "post" else graph.pre
-    spaces = [space for space in symmetry if read_at.get(space.name)]
-    nodes = {node for space in spaces for node in read_at[space.name]}
-    states = [dict(model.state_dict()) for model in models]
-    reference = next(iter(states[0].values()))
-    sums = {
-        s.name: Accumulator(len(models), s.copies * s.size, reference.device) for s in spaces
-    }
-    dtype = next((t.dtype for t in states[0].values() if t.is_floating_point()), torch.float32)
+    first, second = (graph.post, graph.pre) if at == "post" else (graph.pre, graph.post)
+    read_at: Mapping[str, tuple[str, ...]] = {s.name: first[s.name] or second[s.name] for s in symmetry}
+    spaces = [space for space in symmetry if read_at[space.name]]
+    readings: dict[str, list[Reading]] = {}
+    for space in spaces:
+        for node in read_at[space.name]:
+            readings.setdefault(node, []).extend(readings_of(symmetry, space, graph.activations[node]))
+    states = [dict(model.state_dict()) for model in modules]
+    references = [next((t for t in state.values() if t.is_floating_point()), torch.zeros(())) for state in states]
+    sums = {s.name: Accumulator(len(states), s.copies * s.size, references[0].device) for s in spaces}
     samples = 0
     for batch in progress(read_batches(data), "collecting activations", data):
-        batch = batch.to(reference.device, dtype)
-        program = graph.program.for_inputs(batch.args, batch.kwargs)
-        rows: dict[tuple[str, str], list[Tensor]] = {}
-        for state in states:
-            observers = {
-                node: observer(graph.activations[node], spaces, read_at, rows, node) for node in nodes
-            }
-            Reader(program, observers).read(state, batch.clone())
-        for (name, _), values in rows.items():
-            sums[name].add(torch.cat(values, dim=1))
+        rows: dict[tuple[str, int], list[Tensor]] = {}
+        for state, reference in zip(states, references, strict=True):
+            own = batch.to(reference.device, reference.dtype).clone()
+            observers = {node: observer(node, found, rows) for node, found in readings.items()}
+            Reader(graph.program.for_inputs(own.args, own.kwargs), observers).read(state, own)
+        for (node, index), values in rows.items():
+            sums[readings[node][index].space].add(torch.cat(values, dim=1))
         samples += batch.size
     return Moments({name: accumulator.finish() for name, accumulator in sums.items()}, at, samples)
 
 
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How a space's units are read from a node's value.
+
+    Attributes:
+        space: The space's name.
+        site: Where its units lie.
+        averaged: Further dimensions that other spaces move.
+        repeats_averaged: Whether other spaces move a unit's places along the site's own dimensions.
+    """
+
+    space: str
+    site: Site
+    averaged: tuple[int, ...]
+    repeats_averaged: bool
+
+    def of(self, value: Tensor) -> Float[Tensor, "samples units"]:
+        """A node's value as samples of the space's units, all copies side by side."""
+        copies, size, repeat = self.site.positions.shape
+        if self.averaged:
+            value = value.mean(dim=self.averaged, keepdim=True)
+        where = torch.from_numpy(self.site.positions.transpose(2, 0, 1).reshape(-1)).to(value.device)
+        flat = to_front(value, self.site.dims).index_select(0, where).reshape(repeat, copies * size, -1)
+        if self.repeats_averaged:
+            flat = flat.mean(dim=0, keepdim=True)
+        return flat.permute(0, 2, 1).reshape(-1, copies * size)
+
+
+def readings_of(symmetry: Symmetry, space: Space, places: Sequence[tuple[str, Site]]) -> list[Reading]:
+    """How to read a space at a node with these places of spaces."""
+    above: set[str] = set()
+    outer = space
+    while outer.parent is not None:
+        outer = symmetry[outer.parent]
+        above.add(outer.name)
+    found = []
+    for name, site in places:
+        if name != space.name:
+            continue
+        averaged: set[int] = set()
+        repeats_averaged = False
+        for other, place in places:
+            averaged |= set(place.dims) - set(site.dims)
+            nests = other in above and set(place.dims) <= set(site.dims)
+            if place is not site and not nests:
+                repeats_averaged |= moves_repeats(place, site)
+        found.append(Reading(name, site, tuple(sorted(averaged)), repeats_averaged))
+    return found
+
+
+def moves_repeats(other: Site, site: Site) -> bool:
+    """Whether another site's units tell apart the places of one unit of a site."""
+    if not set(other.dims) & set(site.dims):
+        return False
+    if other.dims != site.dims:
+        return site.positions.shape[2] > 1
+    copies, size, _ = other.positions.shape
+    unit = np.full(1 + max(int(other.positions.max()), int(site.positions.max())), -1)
+    unit[other.positions.reshape(copies * size, -1)] = np.arange(copies * size)[:, None]
+    beside = unit[site.positions]
+    return bool((beside != beside[..., :1]).any())
+
+
 def observer(
-    places: Sequence[tuple[str, Site]],
-    spaces: Sequence[Space],
-    read_at: Mapping[str, tuple[str, ...]],
-    rows: dict[tuple[str, str], list[Tensor]],
-    node: str,
+    node: str, readings: Sequence[Reading], rows: dict[tuple[str, int], list[Tensor]]
 ) -> Callable[[Tensor], None]:
-    """What to do with a node's value: keep the units of each space that the node stands for."""
-    wanted = {space.name for space in spaces if node in read_at[space.name]}
+    """What to do with a node's value: keep the units of each space that is read there."""
 
     def keep(value: Tensor) -> None:
-        for index, (name, site) in enumerate(places):
-            if name in wanted:
-                rows.setdefault((name, f"{node}/{index}"), []).append(read_units(value, site))
+        for index, reading in enumerate(readings):
+            rows.setdefault((node, index), []).append(reading.of(value))
 
     return keep
 
 
-def read_units(value: Tensor, site: Site) -> Float[Tensor, "samples units"]:
-    """A node's value as samples of a space's units, all copies side by side."""
-    copies, size, repeat = site.positions.shape
-    where = torch.from_numpy(site.positions.transpose(2, 0, 1).reshape(-1)).to(value.device)
-    flat = to_front(value, site.dims).index_select(0, where).reshape(repeat, copies * size, -1)
-    return flat.permute(0, 2, 1).reshape(-1, copies * size)
-
-
 def symmetry_of(model: nn.Module, symmetry: Symmetry | None, inputs: tuple[Any, ...] | None, data: Any) -> Symmetry:
-    """The symmetry that was given, with its graph, or the one found on `inputs` or the data's first batch.
+    """The symmetry that was given, with its graph if one can be had, or the one found on `inputs` or the first batch.
 
     Raises:
         InputError: Neither a symmetry nor anything to trace with.
+        SymmetryError: The symmetry that was given is not the model's.
     """
-    if symmetry is not None and symmetry.program is not None:
-        return symmetry
+    if symmetry is not None:
+        check_symmetry(symmetry, model)
+        if symmetry.program is not None:
+            return symmetry
+    found = None
     if inputs is not None:
-        return trace(model, *inputs)
-    if data is not None:
+        found = trace(model, *inputs)
+    elif data is not None:
         batch = next(read_batches(data))
         first = next((x for x in model.state_dict().values() if x.is_floating_point()), torch.zeros(()))
         batch = batch.head(2).to(first.device, first.dtype)
-        return trace(model, *batch.args, kwargs=batch.kwargs)
-    if symmetry is not None:
+        found = trace(model, *batch.args, kwargs=batch.kwargs)
+    if symmetry is None:
+        if found is None:
+            raise InputError("no symmetry: give symmetry=isthmus.trace(model, inputs), or inputs=(x,) to trace it here")
+        return found
+    if found is None:
         return symmetry
-    raise InputError("no symmetry: give symmetry=isthmus.trace(model, inputs), or inputs=(x,) to trace it here")
+    if found.hash != symmetry.hash:
+        raise SymmetryError(
+            "the model's graph has another symmetry than the one given: trace it again, or leave it out"
+        )
+    return replace(symmetry, program=found.program)
+
+
+def check_symmetry(symmetry: Symmetry, model: nn.Module) -> None:
+    """Refuses a symmetry of another architecture.
+
+    Raises:
+        SymmetryError: The names or shapes of the model's tensors are not those of the traced one.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    traced = {name: tuple(shape) for name, shape in symmetry.shapes.items()}
+    for name in [*traced, *shapes]:
+        if shapes.get(name) != traced.get(name):
+            raise SymmetryError(
+                f"the symmetry is not this model's: {name} has shape {shapes.get(name)}, traced {traced.get(name)}; "
+                "trace this model"
+            )
 
 
 def require_samples(moments: Moments, needed: int, why: str) -> None:

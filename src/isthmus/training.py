@@ -57,6 +57,7 @@ def run_train(
         if not 0 <= part < len(portions):
             raise InputError(f"--part {part}: the split has parts 0 … {len(portions) - 1}")
         indices = portions[part]
+    out.parent.mkdir(parents=True, exist_ok=True)
     resume = out.with_name(out.name + ".resume")
     start = time.perf_counter()
     trained = train(model, loaded, options, seed=seed, indices=indices, resume=resume, progress=True)

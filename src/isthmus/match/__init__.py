@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from isthmus.batches import check_data
-from isthmus.errors import DataError
+from isthmus.errors import DataError, InputError
 from isthmus.match.activation_matching import ActivationMatching
 from isthmus.match.base import Match, Problem
 from isthmus.match.identity import Identity
@@ -54,8 +54,13 @@ def align(
         DataError: The method needs data and got none it can use.
         InputError: No models, an unknown method, or no way to find the symmetry.
         ModelError: The models are not of one architecture, or hold NaN or infinite weights.
+        SymmetryError: The symmetry is of another architecture.
     """
     configured = configure("matching method", method, METHODS) if isinstance(method, str) else method
+    if isinstance(configured, type) or not isinstance(configured, Match):
+        raise InputError(f"method={method!r}: give a name in METHODS or a configured method, such as WeightMatching()")
+    if seed < 0:
+        raise InputError(f"seed={seed}: give 0 or more")
     if configured.needs and data is None:
         raise DataError(f"{configured.name} needs data: give data=, unlabelled batches are enough")
     if data is not None:

@@ -74,4 +74,3 @@ class ActivationMatching:
             seconds=time.perf_counter() - start,
             details={"at": self.at, "similarity": self.similarity, "samples": moments.samples if moments else 0},
         )
-

@@ -1,7 +1,7 @@
-"""Families of nested spaces: from similarities of units to the best permutations of a space and of all nested in it.
+"""Families of nested spaces: from similarities of units to the best permutations of a space and all nested in it.
 
-The similarity of two units that hold other units (two heads, two groups of channels) is the value of the best assignment
-between what they hold; scores of unaligned inner units would be wrong.
+The similarity of two units that hold other units (two heads, two groups of channels) is the value of the best
+assignment between what they hold; scores of unaligned inner units would be wrong.
 """
 
 from collections.abc import Mapping
@@ -76,6 +76,7 @@ def assignment_values(similarity: Similarity, space: Space) -> Float[np.ndarray,
             block = blocks[row, column]
             values[row, column] = block[slots, solve_lap(block)].sum()
     return values
+
 
 def paired_value(
     symmetry: Symmetry, root: Space, similarities: Mapping[str, Similarity], transforms: Mapping[str, Transform]

@@ -94,11 +94,16 @@ def best_of_starts(
         elif restart == 1:
             start = forward_start(objective)
         else:
-            start = {space.name: Permutation.random(space, rng) for space in objective.symmetry}
+            start = random_start(objective.symmetry, rng)
         transforms, converged = descend(objective, start, max_sweeps, rng)
         found.append((objective.value(transforms), transforms, converged))
     best = max(found, key=lambda item: item[0])
     return best[1], best[2], [value for value, _, _ in found]
+
+
+def random_start(symmetry: Symmetry, rng: np.random.Generator) -> dict[str, Transform]:
+    """A random permutation for every space."""
+    return {space.name: Permutation.random(space, rng) for space in symmetry}
 
 
 def forward_start(objective: WeightObjective) -> dict[str, Transform]:
@@ -118,7 +123,7 @@ def forward_start(objective: WeightObjective) -> dict[str, Transform]:
 def descend(
     objective: WeightObjective, start: dict[str, Transform], max_sweeps: int, rng: np.random.Generator
 ) -> tuple[dict[str, Transform], bool]:
-    """Coordinate descent from a start, families in random order; the permutations, and whether nothing improved at last."""
+    """Coordinate descent from a start, families in random order; the permutations, and whether it ended by itself."""
     transforms = dict(start)
     roots = objective.families()
     for root in roots:

@@ -215,7 +215,7 @@ def _fill_panel(axes: "Axes", curves: Mapping[str, Any], panel: str, colours: Ma
     axes.set_xlim(-0.02, 1.02)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if panel == "accuracy":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
     straight_drawn = False
     rises = []
     for kind in KINDS:

@@ -11,6 +11,14 @@ NARROW = "\N{NARROW NO-BREAK SPACE}"
 LONGEST = 200  # letters of a name that are shown
 
 
+class Facts(dict[str, Any]):
+    """A JSON object in which a missing key reads as null: every part of a report may be absent."""
+
+    def __missing__(self, key: str) -> None:
+        """Nothing is known about the key."""
+        return
+
+
 def clean(value: Any, longest: int = LONGEST) -> Any:
     """A JSON value whose texts are short and hold no control, direction-changing or half characters.
 
@@ -20,7 +28,8 @@ def clean(value: Any, longest: int = LONGEST) -> Any:
         line = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value)
         return line if len(line) <= longest else line[:longest] + "…"
     if isinstance(value, dict):
-        return {clean(key): clean(item, 10_000 if key in ("command", "verdict") else longest) for key, item in value.items()}
+        long = ("command", "verdict")
+        return Facts({clean(key): clean(item, 10_000 if key in long else longest) for key, item in value.items()})
     return [clean(item, longest) for item in value] if isinstance(value, list) else value
 
 
@@ -38,13 +47,13 @@ def signed(text: str) -> str:
 
 
 def decimal(value: Any, digits: int = 4) -> str:
-    """A number with `digits` decimals; of one above 1,000 or so, five digits in all."""
+    """A number with `digits` decimals; with fewer from a thousand on."""
     number = finite(value)
     if number is None:
         return ABSENT
     if abs(number) >= 1e6:
         return power(number)
-    return signed(f"{number:,.{digits}f}" if abs(number) < 100 else f"{number:,.{max(0, digits - 2)}f}")
+    return signed(f"{number:,.{digits}f}" if abs(number) < 1000 else f"{number:,.{min(digits, 1)}f}")
 
 
 def percent(value: Any, digits: int = 1) -> str:
@@ -52,7 +61,7 @@ def percent(value: Any, digits: int = 1) -> str:
     number = finite(value)
     if number is None:
         return ABSENT
-    return signed(f"{shown(number * 100, digits)}{NARROW}%")
+    return signed(f"{shown(number * 100, digits)}%")
 
 
 def shown(number: float, digits: int) -> str:
