@@ -1,5 +1,6 @@
 """Small networks of one architecture: freshly drawn, and quickly trained on the digits, with their data and symmetry."""
 
+import copy
 from functools import cache
 
 import numpy as np
@@ -10,12 +11,27 @@ from torch import Tensor, nn
 import isthmus
 from isthmus.data import load_data
 from isthmus.models import load_model, sample_shape
+from isthmus.transform import move_state
 
 MLP = "mlp?in_features=64&width=24&depth=3"
 VGG_BN = "vgg11_bn?width=0.0625&in_channels=1"
 RESNET20 = "resnet20?width=0.25&in_channels=1"
 CNN = "cnn?width=0.5"
 TRAINED = (MLP, VGG_BN, RESNET20)
+# Every network of isthmus.models, and every norm and shortcut of the residual one.
+NETWORKS = (
+    MLP,
+    "cnn?width=0.25",
+    "vgg11?width=0.0625",
+    "vgg11_bn?width=0.0625&image_size=64",
+    "vgg16?width=0.0625",
+    "vgg16_bn?width=0.0625",
+    "resnet20?width=0.25",
+    "resnet20?width=0.5&norm=group",
+    "resnet20?width=0.25&norm=layer",
+    "resnet20?width=0.25&norm=none",
+    "resnet20?width=0.25&shortcut=conv3x3",
+)
 
 
 def fresh(spec: str, seed: int) -> nn.Module:
@@ -39,6 +55,15 @@ def stir(model: nn.Module, seed: int) -> None:
         if tensor.is_floating_point() and tensor.ndim == 1:
             noise = torch.rand(tensor.shape, generator=generator)
             tensor.copy_(0.5 + noise if "running_var" in name else tensor + noise - 0.5)
+
+
+def planted(model: nn.Module, sym: isthmus.Symmetry, seed: int) -> tuple[nn.Module, dict[str, isthmus.Permutation]]:
+    """The model with its units shuffled, and how they were."""
+    rng = np.random.default_rng(seed)
+    transforms = {space.name: isthmus.Permutation.random(space, rng) for space in sym}
+    moved = copy.deepcopy(model)
+    moved.load_state_dict(move_state(model.state_dict(), transforms, sym))
+    return moved, transforms
 
 
 def inputs_of(model: nn.Module, samples: int, seed: int = 0) -> Tensor:

@@ -71,7 +71,9 @@ def inspect(
     console.print(space_tree(symmetry))
     print_frozen(symmetry)
     print_proof(report["proof"])
-    console.print(f"{symmetry['free_units']:,} free units; {100 * symmetry['moved_share']:.1f} % of the numbers can move")
+    console.print(
+        f"{symmetry['free_units']:,} free units; {100 * symmetry['moved_share']:.1f} % of the numbers can move"
+    )
     return None
 
 
@@ -93,11 +95,14 @@ def merge(
     seed: Seed = 0,
     force: Force = False,
     no_verify: NoVerify = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the recipe, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the recipe, write nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge checkpoints of one architecture into one model: prove, align, average, mend, measure."""
-    from isthmus.pipeline import load_inputs, run_merge
+    from isthmus.inputs import load_inputs
+    from isthmus.pipeline import run_merge
 
     paths, options = split_options(checkpoints)
     if len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml"):
@@ -160,7 +165,9 @@ def connect(
     checkpoints: Annotated[list[str], typer.Argument(help="Two checkpoints of one architecture.")],
     model: Model,
     data: DataName = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for curve.json, curve.svg, curve.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for curve.json, curve.svg, curve.png.")
+    ] = None,
     method: Method = "weight_matching",
     data_dir: DataDir = None,
     samples: Samples = 10_000,
@@ -175,7 +182,8 @@ def connect(
 ) -> None:
     """Measure loss and accuracy along the line between two models, as they are and aligned."""
     from isthmus.checkpoint import new_folder, write_text
-    from isthmus.pipeline import finite, run_connect
+    from isthmus.facts import finite
+    from isthmus.pipeline import run_connect
     from isthmus.report import draw_curve
 
     paths, options = split_options(checkpoints)
@@ -212,7 +220,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="L2 penalty.")] = None,
-    split: Annotated[str, typer.Option(help="none, 80-20, dirichlet or classes: what this model's part of the data is.")] = "none",
+    split: Annotated[
+        str, typer.Option(help="none, 80-20, dirichlet or classes: what this model's part of the data is.")
+    ] = "none",
     part: Annotated[int, typer.Option(help="Which part of the split this model gets.")] = 0,
     parts: Annotated[int, typer.Option(help="How many parts the split has.")] = 2,
     data_dir: DataDir = None,
@@ -330,7 +340,9 @@ def build_recipe(
         numbers = [parse_value(part) for part in weights.split(",")]
         if len(numbers) != len(members) or not all(isinstance(x, int | float) for x in numbers):
             raise InputError(f"--weights {weights}: give {len(members)} numbers, one a model, separated by commas")
-        members = [m.model_copy(update={"parameters": {"weight": float(x)}}) for m, x in zip(members, numbers, strict=True)]
+        members = [
+            m.model_copy(update={"parameters": {"weight": float(x)}}) for m, x in zip(members, numbers, strict=True)
+        ]
     folder = None if data_dir is None else str(data_dir)
     recipe = Recipe(
         models=members,
@@ -357,7 +369,9 @@ def check_option_names(method: str, options: Mapping[str, Any]) -> None:
     fields: Any = METHODS[method]
     own = [flag(field.name) for field in dataclasses.fields(fields)]
     commands: Any = typer.main.get_command(app)
-    known = sorted({p.opts[-1] for command in commands.commands.values() for p in command.params if p.opts[-1][0] == "-"})
+    known = sorted(
+        {p.opts[-1] for command in commands.commands.values() for p in command.params if p.opts[-1][0] == "-"}
+    )
     for name in options:
         if flag(name) not in own:
             hint = did_you_mean(flag(name), [*own, *known])
@@ -376,7 +390,7 @@ def command_line() -> str:
 
 def print_json(report: Mapping[str, Any]) -> None:
     """Prints a report as JSON."""
-    from isthmus.pipeline import finite
+    from isthmus.facts import finite
 
     sys.stdout.write(json.dumps(finite(report), ensure_ascii=False) + "\n")
 
@@ -387,7 +401,9 @@ def space_tree(symmetry: Mapping[str, Any]) -> Tree:
     branches: dict[str | None, Tree] = {None: root}
     for space in symmetry["spaces"]:
         copies = f"{space['copies']} × " if space["copies"] > 1 else ""
-        branch = branches[space["parent"]].add(f"{escape(space['name'])}  {copies}{space['size']} units, {space['group']}")
+        branch = branches[space["parent"]].add(
+            f"{escape(space['name'])}  {copies}{space['size']} units, {space['group']}"
+        )
         branches[space["name"]] = branch
         for site in space["sites"]:
             dims = ", ".join(str(d) for d in site["dims"])
@@ -399,7 +415,11 @@ def print_frozen(symmetry: Mapping[str, Any]) -> None:
     """Prints what cannot move, grouped by reason."""
     groups: dict[tuple[bool, str, str, str], list[str]] = {}
     for item in symmetry["frozen"]:
-        place = f"{item['operation']} in {item['module'] or 'the model'}" if item["operation"] and not item["expected"] else ""
+        place = (
+            f"{item['operation']} in {item['module'] or 'the model'}"
+            if item["operation"] and not item["expected"]
+            else ""
+        )
         key = (item["expected"], item["reason"], place, "")
         groups.setdefault(key, []).append(f"{item['parameter']}[{item['dim']}]")
     for (expected, reason, place, _), items in sorted(groups.items()):
@@ -492,11 +512,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return interrupted()
     except UsageError as error:
-        return refuse(error.format_message())
+        return refuse(f"{error.format_message().rstrip('.')}; see isthmus {' '.join(arguments[:1])} --help")
     except IsthmusError as error:
         return refuse(str(error))
     except OSError as error:
-        return refuse(f"{error.strerror or error}: {error.filename or 'while reading or writing'}; check the path and the disk")
+        return refuse(
+            f"{error.strerror or error}: {error.filename or 'while reading or writing'}; check the path and the disk"
+        )
 
 
 def refuse(message: str) -> int:

@@ -1,6 +1,7 @@
 """Connecting: loss and accuracy along the straight line between two models, and the barrier on it."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from isthmus.batches import check_data, read_batches
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.members import as_modules
+from isthmus.merge import upcast
 from isthmus.progress import progress
 from isthmus.repair import normalisation_layers, reset_statistics
 
 Loss = Callable[[Any, Any], Tensor]
+
+# Targets that torch's cross-entropy leaves out, such as padding.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,9 @@ class Curve:
 
 
 def barrier_of(lambdas: Any, values: Any) -> float:
-    """Largest rise of `values` above the straight line between the first and the last; NaN without values."""
-    if not len(values):
-        return float("nan")
-    return max(v - ((1 - x) * values[0] + x * values[-1]) for x, v in zip(lambdas, values, strict=True))
+    """Largest rise of `values` above the straight line between first and last; NaN if there are none or one is NaN."""
+    rises = [v - ((1 - x) * values[0] + x * values[-1]) for x, v in zip(lambdas, values, strict=True)]
+    return float("nan") if not rises or any(map(math.isnan, rises)) else max(rises)
 
 
 def rise_at_half(lambdas: Any, values: Any) -> float:
@@ -147,12 +151,10 @@ def connect(
 def interpolate(a: nn.Module, b: nn.Module, x: float) -> nn.Module:
     """A new module with the weights (1 − x)·A + x·B, integer buffers from A."""
     model = copy.deepcopy(a).eval()
-    left, right = a.state_dict(), b.state_dict()
+    right = upcast(b.state_dict())
     mixed = {
-        name: torch.lerp(tensor.float(), right[name].float(), x).to(tensor.dtype)
-        if tensor.is_floating_point()
-        else tensor
-        for name, tensor in left.items()
+        name: torch.lerp(tensor, right[name].to(tensor.dtype), x) if tensor.is_floating_point() else tensor
+        for name, tensor in upcast(a.state_dict()).items()
     }
     model.load_state_dict(mixed)
     return model
@@ -162,7 +164,7 @@ def evaluate(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:
     """Mean loss and accuracy of a model, in `eval()`, on labelled batches.
 
     Raises:
-        DataError: Data without targets, empty, or readable only once.
+        DataError: Data without targets, empty, or readable only once; or a target that is no class of the model.
         ModelError: The outputs are no class scores and no `loss` was given.
     """
     modules = as_modules([model])
@@ -172,18 +174,21 @@ def evaluate(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:
     for batch in read_batches(data):
         if batch.targets is None:
             raise DataError("the data has no targets: scoring a model needs batches (x, y)")
-        batch = batch.to(reference.device, reference.dtype)
+        batch = batch.to(reference.device, reference.dtype).clone()
         with torch.no_grad():
             output = modules[0](*batch.args, **batch.kwargs)
         size = batch.targets.numel() if isinstance(batch.targets, Tensor) else batch.size
         mean = loss(output, batch.targets) if loss is not None else cross_entropy(output, batch.targets)
-        total += float(mean) * size
         scores = class_scores(output)
-        if scores is not None and isinstance(batch.targets, Tensor) and scores.shape[:-1] == batch.targets.shape:
+        if scores is not None and are_classes(batch.targets, scores):
+            size -= int((batch.targets == IGNORED).sum())
             right += int((scores.argmax(dim=-1) == batch.targets).sum())
         else:
             classes = False
+        total += float(mean) * size if size else 0.0
         count += size
+    if not count:
+        raise DataError("the data has no targets that count: scoring a model needs at least one")
     return Score(total / count, right / count if classes else None, count)
 
 
@@ -211,17 +216,28 @@ def class_scores(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.ndim >= 2 else None
 
 
+def are_classes(targets: Any, scores: Tensor) -> bool:
+    """Whether targets are numbers of classes, one for each row of scores."""
+    return isinstance(targets, Tensor) and not targets.is_floating_point() and targets.shape == scores.shape[:-1]
+
+
 def cross_entropy(output: Any, targets: Any) -> Tensor:
     """Mean cross-entropy of class scores, computed in float32 at least.
 
     Raises:
+        DataError: A target is no class that the model knows.
         ModelError: The output holds no class scores for these targets.
     """
     scores = class_scores(output)
-    fits = isinstance(targets, Tensor) and not targets.is_floating_point()
-    if scores is None or not fits or scores.shape[:-1] != targets.shape:
+    if scores is None or not are_classes(targets, scores):
         shape = tuple(scores.shape) if scores is not None else type(output).__name__
         told = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
         raise ModelError(f"outputs {shape} are no class scores for targets {told}: give loss=, a function of both")
+    classes = scores.shape[-1]
+    wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= classes))]
+    if len(wrong):
+        raise DataError(
+            f"target {int(wrong[0])} for a model of {classes} classes: give the data that it was trained on"
+        )
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return F.cross_entropy(scores.reshape(-1, scores.shape[-1]), targets.reshape(-1).long())

@@ -8,7 +8,7 @@ from isthmus.pipeline import run_merge
 from isthmus.recipe import Alignment, Data, Member, Recipe
 from isthmus.training import run_train
 
-ARCHITECTURE = "zoo:cnn?width=6"
+ARCHITECTURE = "zoo:cnn?width=3"
 SEEDS = (0, 1)
 
 

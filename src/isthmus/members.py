@@ -17,8 +17,8 @@ def as_modules(
 ) -> list[nn.Module]:
     """All models as modules in `eval()`, sharing no state with one another that the caller does not share already.
 
-    Modules are used as they are, but copied if they are in training mode; state dicts, and modules inside a wrapper that
-    the first is not in, are loaded into copies of the first module, or of `module`.
+    Modules are used as they are, but copied if they are in training mode; state dicts, and modules inside a wrapper
+    that the first is not in, are loaded into copies of the first module, or of `module`.
 
     Args:
         models: Modules or state dicts.

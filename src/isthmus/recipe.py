@@ -84,7 +84,9 @@ class Recipe(Strict):
             for key in set(member.parameters) - {"weight"}:
                 raise InputError(f"{member.model}: no parameter {key!r}{did_you_mean(key, ['weight'])}: use weight")
         if self.repair is not None and self.repair not in REPAIRS:
-            raise InputError(f"no repair {self.repair!r}{did_you_mean(self.repair, REPAIRS)}: use {', '.join(REPAIRS)} or none")
+            raise InputError(
+                f"no repair {self.repair!r}{did_you_mean(self.repair, REPAIRS)}: use {', '.join(REPAIRS)} or none"
+            )
         for name in (self.dtype, self.out_dtype):
             if name is not None and name not in DTYPES:
                 raise InputError(f"no dtype {name!r}{did_you_mean(name, DTYPES)}: choose from {', '.join(DTYPES)}")

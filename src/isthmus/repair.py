@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from isthmus.batches import Batch, check_data, read_batches
-from isthmus.errors import InputError, ModelError
+from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.members import as_modules
-from isthmus.merge import check_coefficients
+from isthmus.merge import check_coefficients, variances_met
 from isthmus.moments import Reader, symmetry_of
 from isthmus.progress import progress
 from isthmus.symmetry import Symmetry
@@ -56,8 +57,9 @@ def repair(
 
     Raises:
         DataError: No data, empty data, or data that can be read only once.
-        InputError: Unknown method, or `"repair"` without parents.
+        InputError: Unknown method, or `"repair"` without parents or with another number of them than was aligned.
         ModelError: A bias is needed where the layer can hold none.
+        TransformError: `"repair"` where a linear map left parents' running variances undefined.
     """
     if method not in REPAIRS:
         raise InputError(f"repair method {method!r}: choose from {', '.join(REPAIRS)}")
@@ -68,6 +70,10 @@ def repair(
     else:
         if not parents:
             raise InputError("method='repair' needs parents=, the models that were merged")
+        if alignment is not None and len(alignment) != len(parents):
+            raise InputError(
+                f"{len(parents)} parents, but the alignment holds {len(alignment)}: give the merged models"
+            )
         mended = rescale(merged, data, as_modules(parents, merged), alignment, coefficients)
     mended.needs_repair = False  # type: ignore[assignment]
     return mended
@@ -78,12 +84,16 @@ def normalisation_layers(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
-def reset_statistics(model: nn.Module, data: Any) -> None:
+def reset_statistics(model: nn.Module, data: Any, layers: Sequence[_BatchNorm] | None = None) -> None:
     """Estimates the running statistics of `model` anew, in place: the plain average over all batches.
 
-    Only normalisation layers are put into training mode, so that dropout stays off; all are put back as they were.
+    Only normalisation layers (or those of them that `layers` names) are put into training mode, so that dropout stays
+    off; all are put back as they were.
+
+    Raises:
+        DataError: No data, empty data, or a batch of one sample, which has no variance.
     """
-    layers = normalisation_layers(model)
+    layers = normalisation_layers(model) if layers is None else layers
     if not layers:
         return
     before = [(layer.momentum, layer.training) for layer in layers]
@@ -96,8 +106,13 @@ def reset_statistics(model: nn.Module, data: Any) -> None:
         dtype = next(t.dtype for t in model.state_dict().values() if t.is_floating_point())
         with torch.no_grad():
             for batch in progress(read_batches(data), "estimating statistics", data):
-                batch = batch.to(first.device, dtype)
-                model(*batch.args, **batch.kwargs)
+                batch = batch.to(first.device, dtype).clone()
+                try:
+                    model(*batch.args, **batch.kwargs)
+                except ValueError as error:  # what BatchNorm raises where it sees one value a channel
+                    if batch.size > 1:
+                        raise
+                    raise DataError("a batch of one sample has no variance: use larger batches, or drop it") from error
     finally:
         for layer, (momentum, training) in zip(layers, before, strict=True):
             layer.momentum = momentum
@@ -134,19 +149,24 @@ def rescale(
 
     Source: Jordan, Sedghi, Saukh, Entezari, Neyshabur, REPAIR, ICLR 2023.
     """
+    weights = check_coefficients(coefficients, len(parents))
     mended = copy.deepcopy(merged).eval()
     reset_statistics(mended, data)
     symmetry = symmetry_of(mended, alignment.symmetry if alignment else None, None, data)
+    if alignment is not None and any(variances_met(t, symmetry) for t in alignment.transforms):
+        raise TransformError(
+            "a linear map left the parents no running variance to be measured with: use method='reset'"
+        )
     points = rescaling_points(symmetry)
+    mended.gained_biases = []  # type: ignore[assignment]
     if not points:
         return mended
-    weights = check_coefficients(coefficients, len(parents))
     means: dict[str, Tensor] = {}
     deviations: dict[str, Tensor] = {}
     for index, (parent, weight) in enumerate(zip(parents, weights, strict=True)):
         state: Mapping[str, Tensor] = parent.state_dict()
         if alignment is not None:
-            state = move_state(state, alignment.transforms[index], symmetry, reset_variances=True)
+            state = move_state(state, alignment.transforms[index], symmetry)
         measured = Statistics(points)
         run(symmetry, state, data, measured, "measuring a parent")
         for point in points:
@@ -156,26 +176,33 @@ def rescale(
     own = Statistics(points, {p.node: (means[p.node], deviations[p.node]) for p in points})
     run(symmetry, mended.state_dict(), data, own, "rescaling")
     fold(mended, points, own, means, deviations)
+    # Rescaled BatchNorms make up for what changed before them; all others are measured behind it.
+    rescaled = {point.weight for point in points}
+    layers = set(normalisation_layers(mended))
+    layers -= {module for path, module in mended.named_modules() if f"{path}.weight" in rescaled}
+    reset_statistics(mended, data, [layer for layer in normalisation_layers(mended) if layer in layers])
     return mended
 
 
 def rescaling_points(symmetry: Symmetry) -> list[Point]:
-    """Where the units of every space are produced: by a product with a parameter, or by the BatchNorm right behind it."""
+    """Where hidden units are rescaled: at every BatchNorm that can take it, and at products with a parameter.
+
+    A product that only a BatchNorm reads is left out, since that normalises it anyway.
+    """
     graph = symmetry.program
     carriers = graph.activations
-    behind = {norm.source: norm for norm in graph.batch_norms if norm.weight and norm.bias}
+    normalised = {norm.source for norm in graph.batch_norms}
     users = {node.name: len(node.users) for node in graph.program.graph.nodes}
-    points = []
-    for contraction in graph.contractions:
-        if contraction.node not in carriers:
-            continue
-        norm = behind.get(contraction.node)
-        if norm is not None and users[contraction.node] == 1:
-            points.append(Point(norm.node, contraction.channel, norm.weight, 0, norm.bias))
-        else:
-            points.append(
-                Point(contraction.node, contraction.channel, contraction.weight, contraction.output, contraction.bias)
-            )
+    points = [
+        Point(norm.node, 1, norm.weight, 0, norm.bias)
+        for norm in graph.batch_norms
+        if norm.node in carriers and norm.weight and norm.bias
+    ]
+    points += [
+        Point(product.node, product.channel, product.weight, product.output, product.bias)
+        for product in graph.contractions
+        if product.node in carriers and not (product.node in normalised and users[product.node] == 1)
+    ]
     by_weight = [point.weight for point in points]
     return [point for point in points if by_weight.count(point.weight) == 1]  # a shared tensor cannot serve two places
 
@@ -277,7 +304,7 @@ def gain_bias(model: nn.Module, weight: str, values: Float[Tensor, " units"]) ->
     """
     path, _, own = weight.rpartition(".")
     layer = model.get_submodule(path)
-    if own != "weight" or "bias" not in layer._parameters or layer._parameters["bias"] is not None:
+    if own != "weight" or not isinstance(layer, nn.Linear | _ConvNd) or layer.bias is not None:
         raise ModelError(f"{weight}: its layer has no bias and no place for one; use repair(method='reset')")
     layer.bias = nn.Parameter(values)
     return f"{path}.bias" if path else "bias"

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 LIGHT: Mapping[str, str] = {
     "paper": "#ffffff",
     "surface": "#f5f6f8",
-    "tint": "#e9f1fa",
     "text": "#1b2127",
     "muted": "#57616c",
     "rule": "#d8dde3",
+    "shadow": "#c3c9d0",
     "axis": "#7d8792",
     "aligned": "#0b5cad",
     "naive": "#b4470a",
@@ -23,10 +23,10 @@ LIGHT: Mapping[str, str] = {
 DARK: Mapping[str, str] = {
     "paper": "#14181d",
     "surface": "#1c2229",
-    "tint": "#172a3d",
     "text": "#e3e8ed",
     "muted": "#9fabb7",
     "rule": "#333c46",
+    "shadow": "#475462",
     "axis": "#76828e",
     "aligned": "#70b4f7",
     "naive": "#f19a5b",

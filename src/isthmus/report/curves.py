@@ -24,6 +24,8 @@ MOST_MARKERS = 25
 HEADROOM = 2.5
 # A rise below this share of the axis is not written into the picture.
 SMALLEST_RISE = 0.03
+# From this share on, its figure fits between the curve and the straight line.
+ROOM_FOR_TEXT = 0.13
 SIZE = (4.2, 2.9)  # inches of one panel
 POINTS = 72  # units of an SVG in an inch
 # What stands for a colour in matplotlib's SVG until it is replaced by the page's variable.
@@ -53,12 +55,11 @@ def draw_curve(report: Mapping[str, Any], kind: str = "svg", *, pair: int = 0, d
     if kind == "png":
         return _picture(curves[pair], DARK if dark else LIGHT, "png")
     text = _follow_page(_picture(curves[pair], STAND_INS, "svg").decode(), f"pair{pair}")
-    style = f"svg {{ {css_variables(LIGHT)} }} @media (prefers-color-scheme: dark) {{ svg {{ {css_variables(DARK)} }} }}"
+    style = (
+        f"svg {{ {css_variables(LIGHT)} }} @media (prefers-color-scheme: dark) {{ svg {{ {css_variables(DARK)} }} }}"
+    )
     start = text.index(">", text.index("<svg")) + 1
-    return f"{text[:start]}<style>{style} * {{ {JOINS} }}</style>{text[start:]}".encode()
-
-
-JOINS = "stroke-linejoin: round; stroke-linecap: butt"
+    return f"{text[:start]}<style>{style}</style>{text[start:]}".encode()
 
 
 def panels_of(curves: Mapping[str, Any]) -> tuple[str, ...]:
@@ -199,9 +200,10 @@ def _follow_page(svg: str, key: str) -> str:
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     svg = re.sub(r' id="([^"]+)"', lambda match: f' id="{key}-{match[1]}"' if match[1] in used else "", svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
-    svg = re.sub(r"font: ((?:bold )?[\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", svg)
+    svg = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 system-ui, sans-serif", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
-    return svg
+    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # a hundredth of a point cannot be seen
+    return re.sub(r"\s*\n\s*", " ", svg)
 
 
 def _fill_panel(axes: "Axes", curves: Mapping[str, Any], panel: str, colours: Mapping[str, str]) -> None:
@@ -227,7 +229,11 @@ def _fill_panel(axes: "Axes", curves: Mapping[str, Any], panel: str, colours: Ma
         straight = (1 - x) * y[0] + x * y[-1]
         rise = y - straight if panel == "loss" else straight - y
         if np.isfinite(rise).any():
-            axes.fill_between(x, straight, y, where=rise > 0, interpolate=True, color=colour, alpha=0.13, linewidth=0)
+            # Each barrier covers the one behind it before it is tinted, so that two tints do not mix.
+            for fill, alpha in ((colours["paper"], 0.9), (colour, 0.15)):
+                axes.fill_between(
+                    x, straight, y, where=rise > 0, interpolate=True, color=fill, alpha=alpha, linewidth=0
+                )
             rises.append((kind, x, y, rise))
         if not straight_drawn and np.isfinite(straight).all():
             axes.plot(x, straight, color=colours["muted"], linestyle=":", linewidth=1.3, label="straight line")
@@ -245,17 +251,21 @@ def _fill_panel(axes: "Axes", curves: Mapping[str, Any], panel: str, colours: Ma
         if rise[top] < SMALLEST_RISE * (high - low):
             continue
         sign, digits = ("+", f"{rise[top]:.2f}") if panel == "loss" else ("−", f"{100 * rise[top]:.1f}")
+        # The lower curve's figure stands in its own shade if it fits there: outside, the other curve may cross it.
+        inside = kind == "aligned" and rise[top] > ROOM_FOR_TEXT * (high - low)
+        below = inside == (panel == "loss")
+        box = {"facecolor": colours["paper"], "edgecolor": "none", "alpha": 0.75, "boxstyle": "round,pad=0.1"}
         axes.annotate(
             sign + digits,
             (x[top], y[top]),
-            xytext=(0, 6 if panel == "loss" else -6),
+            xytext=(0, -7 if below else 6),
             textcoords="offset points",
             ha="center",
-            va="bottom" if panel == "loss" else "top",
+            va="top" if below else "bottom",
             color=colours[kind],
             fontsize=9,
             fontweight="bold",
-            bbox={"facecolor": colours["paper"], "edgecolor": "none", "alpha": 0.75, "boxstyle": "round,pad=0.1"},
+            bbox=None if inside else box,
         )
 
 

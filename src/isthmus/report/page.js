@@ -20,10 +20,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-// On paper nothing can be unfolded, so all of it is, while it is printed.
+// On paper nothing can be unfolded, so all is while it is printed, but for the lists in the cells of tables.
 let unfolded = [];
 window.addEventListener("beforeprint", () => {
-  unfolded = [...document.querySelectorAll("details:not([open])")];
+  unfolded = [...document.querySelectorAll("details:not([open], td details)")];
   unfolded.forEach((details) => { details.open = true; });
 });
 window.addEventListener("afterprint", () => {

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from isthmus.checkpoint import write_text
@@ -57,7 +57,7 @@ def write_report(folder: Path) -> Path:
     report = read_report(source)
     try:
         page = render(report)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, UndefinedError) as error:
         cause = figures.clean(f"{type(error).__name__}: {error}")
         raise CheckpointError(
             f"{str(source)!r} is not built like a report of this version ({cause}); run the merge again"
@@ -79,7 +79,9 @@ def read_report(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {str(path)!r} ({cause}); name the folder of a finished run") from error
     missing = [name for name in NEEDED if not isinstance(report, dict) or report.get(name) is None]
     if missing:
-        raise CheckpointError(f"{str(path)!r} is no report of a run: it lacks {', '.join(missing)}; run the merge again")
+        raise CheckpointError(
+            f"{str(path)!r} is no report of a run: it lacks {', '.join(missing)}; run the merge again"
+        )
     return figures.clean(report)
 
 
@@ -113,15 +115,19 @@ def render(report: Report) -> str:
 def opening(report: Report) -> dict[str, Any]:
     """The head of the page: what was merged, the verdict, and the four figures behind it."""
     models = len(report["models"])
-    network = report.get("model") or "networks"
+    network = f"× {report['model']}" if report.get("model") else "networks"
     return {
-        "title": f"{models} × {network}, {report['method']['name']}",
-        "heading": f"{models} × {network}",
+        "title": f"{models} {network}, {report['method']['name']}",
+        "heading": f"{models} {network}",
         "method": report["method"]["name"],
         "created": report.get("created"),
         "version": report["isthmus"],
         "verdict": report["verdict"],
-        "tiles": [tile for tile in (_merged_tile(report), _naive_tile(report), _barrier_tile(report), _proof_tile(report)) if tile],
+        "tiles": [
+            tile
+            for tile in (_merged_tile(report), _naive_tile(report), _barrier_tile(report), _proof_tile(report))
+            if tile
+        ],
         "unproved": report.get("proof") is None,
     }
 
@@ -155,7 +161,11 @@ def _naive_tile(report: Report) -> Tile | None:
     score = scores.get("naive_mended" if mended else "naive")
     if score is None:
         return None
-    return Tile("Without alignment", say(score.get(quantity)), "same repair" if mended else "averaged as they are")
+    return Tile(
+        "Without alignment",
+        say(score.get(quantity)),
+        "averaged as they are, same repair" if mended else "averaged as they are",
+    )
 
 
 def _barrier_tile(report: Report) -> Tile | None:
@@ -170,7 +180,7 @@ def _barrier_tile(report: Report) -> Tile | None:
 
 
 def _proof_tile(report: Report) -> Tile:
-    units = report["symmetry"].get("free_units")
+    units = _free_units(report)
     noun = "free unit" if units == 1 else "free units"
     if report.get("proof") is None:
         return Tile("Symmetry", "not proved", f"{figures.whole(units)} {noun} taken on trust", alarming=True)
@@ -206,7 +216,12 @@ def scores(report: Report) -> dict[str, Any]:
     ]
     merged_note = f"aligned, {averaged}" + (", mended: " if mended else ": ") + "what this run wrote"
     rows += [
-        ("Ensemble", f"mean of the parents’ outputs, at the cost of {len(models)} networks", found.get("ensemble"), "reference"),
+        (
+            "Ensemble",
+            f"mean of the parents’ outputs, at the cost of {len(models)} networks",
+            found.get("ensemble"),
+            "reference",
+        ),
         ("Naive", f"{averaged} as they are", found.get("naive"), "naive"),
         ("Naive, mended", f"{averaged} as they are, then mended", found.get("naive_mended"), "naive"),
         ("Aligned", f"aligned, {averaged}", found.get("aligned") if mended else None, "aligned"),
@@ -233,7 +248,10 @@ def path(report: Report) -> dict[str, Any]:
     barriers = [
         (
             _pair_name(pair),
-            [(kind, curves.LABELS[kind], [_figure(pair, kind, name) for name in measures]) for kind in ("aligned", "naive")],
+            [
+                (kind, curves.LABELS[kind], [_figure(pair, kind, name) for name in measures])
+                for kind in ("aligned", "naive")
+            ],
         )
         for pair in pairs
     ]
@@ -241,7 +259,11 @@ def path(report: Report) -> dict[str, Any]:
         "pairs": drawn,
         "open_pictures": OPEN_PICTURES,
         "left_out": len(pairs) - len(drawn),
-        "barriers": [(name, [row for row in rows if pair.get(row[0])]) for pair, (name, rows) in zip(pairs, barriers, strict=True)],
+        "many": len(pairs) > 1,
+        "barriers": [
+            (name, [row for row in rows if pair.get(row[0])])
+            for pair, (name, rows) in zip(pairs, barriers, strict=True)
+        ],
         "has_error": any(row[2][2] is not None for _, rows in barriers for row in rows),
         "has_raw": any((pair.get(kind) or {}).get("repair") for pair in pairs for kind in curves.KINDS),
         "leaves": any(curves.leaves_picture(pair) for pair in pairs[:MOST_PICTURES]),
@@ -270,7 +292,7 @@ def symmetry(report: Report) -> dict[str, Any]:
     models = len(report["models"])
     return {
         "proof": report.get("proof"),
-        "free_units": found.get("free_units"),
+        "free_units": _free_units(report),
         "moved_share": found.get("moved_share"),
         "spaces": spaces[:MOST_ROWS],
         "left_out": max(0, len(spaces) - MOST_ROWS),
@@ -299,7 +321,10 @@ def _moved_columns(spaces: Sequence[Report], models: int) -> list[Column]:
     if len(moving) <= MOVED_COLUMNS:
         shown = moving or list(range(min(models, 2)))[-1:]
         return [
-            Column("Moved" if models == 2 and len(shown) == 1 else f"Model {index + 1} moved", lambda space, i=index: share(space, i))
+            Column(
+                "Moved" if models == 2 and len(shown) == 1 else f"Model {index + 1} moved",
+                lambda space, i=index: share(space, i),
+            )
             for index in shown
         ]
 
@@ -318,9 +343,13 @@ def frozen(report: Report) -> dict[str, Any] | None:
         return None
     reasons: dict[tuple[bool, str], list[Report]] = {}
     for axis in axes:
-        reasons.setdefault((axis.get("expected") is not False, str(axis.get("reason") or "no reason recorded")), []).append(axis)
+        reasons.setdefault(
+            (axis.get("expected") is not False, str(axis.get("reason") or "no reason recorded")), []
+        ).append(axis)
     groups, room = [], MOST_ROWS
-    for (expected, reason), members in sorted(reasons.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1])):
+    for (expected, reason), members in sorted(
+        reasons.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1])
+    ):
         groups.append(
             {
                 "reason": reason,
@@ -336,7 +365,7 @@ def frozen(report: Report) -> dict[str, Any] | None:
     return {
         "groups": groups,
         "unexpected": len(unexpected),
-        "operations": Counter(str(axis.get("operation") or "structure") for axis in unexpected).most_common(5),
+        "operations": Counter(axis["operation"] for axis in unexpected if axis["operation"]).most_common(5),
         "untouched": untouched[:MOST_ROWS],
         "untouched_left_out": max(0, len(untouched) - MOST_ROWS),
     }
@@ -344,7 +373,7 @@ def frozen(report: Report) -> dict[str, Any] | None:
 
 def matching(report: Report) -> dict[str, Any]:
     """How the models were matched and averaged."""
-    method, average = report["method"], report.get("average") or {}
+    method, average = report["method"], report.get("average") or figures.Facts()
     objective, bound = figures.finite(method.get("objective")), figures.finite(method.get("upper_bound"))
     return {
         "method": method,
@@ -393,6 +422,13 @@ SECTIONS = (
 def _figure(pair: Report, kind: str, name: str) -> float | None:
     """A barrier of one of a pair's curves."""
     return figures.finite((pair.get(kind) or {}).get(name))
+
+
+def _free_units(report: Report) -> int:
+    """Units that can move, as recorded or else counted over the spaces."""
+    known = figures.finite(report["symmetry"].get("free_units"))
+    spaces = report["symmetry"].get("spaces") or []
+    return round(known) if known is not None else sum(int(space["size"]) * int(space["copies"] or 1) for space in spaces)
 
 
 def _pair_name(pair: Report) -> str:

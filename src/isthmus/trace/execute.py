@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx.node import map_aggregate, map_arg
 
 from isthmus.trace.capture import Program, module_path
-from isthmus.trace.labels import Units, Value, as_parameter, constant_value, contains, rigid_value
+from isthmus.trace.labels import Units, Value, as_parameter, constant_value, contains, identifies, rigid_value
 
 # Constants up to this many elements are computed for real, so that index tensors can be followed.
 LARGEST_CONSTANT = 2**24
@@ -258,7 +258,10 @@ def mutate(tracing: Tracing, node: fx.Node, result: Any) -> None:
         and all(contains(tracing.units, before.layers, layer) for layer in result.layers)
     )
     tracing.values[target.name] = result
-    family = [] if alike else [name for name in sharing_memory(tracing, target) if name != target.name]
+    whole = tracing.values[origin(target).name]
+    if alike and isinstance(whole, Value) and (whole.shape == result.shape or identifies(tracing.units, whole)):
+        return
+    family = [name for name in sharing_memory(tracing, target) if name != target.name]
     if not family:
         return
     # Which part of the others was written over is not followed.

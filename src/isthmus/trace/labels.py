@@ -6,18 +6,20 @@ hold the same number. A symmetry moves units, and with them the positions that t
 on one axis, the pairs that occur there must be carried to pairs that occur there. `Units.relate` draws the conclusions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt64
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 Labels = Int[np.ndarray, "..."]
 Ids = Int[np.ndarray, " _"]
+Hashes = UInt64[np.ndarray, " _"]
 
 # A position that no label distinguishes in this layer: the value there is the same whatever unit it might carry.
 WILDCARD = -1
@@ -349,8 +351,11 @@ class Units:
         self.occurrences.append(layer)
 
 
-def simplify(units: Units, layers: Sequence[Labels]) -> tuple[Labels, ...]:
-    """The layers without those that another layer determines."""
+def simplify(units: Units, layers: Sequence[Labels], *, related: bool = False) -> tuple[Labels, ...]:
+    """The layers without those that another layer determines.
+
+    What follows from two layers on one axis is drawn before one of them goes, unless that was done (`related`).
+    """
     layers = join_fixed(units, list(layers))
     if len(layers) < 2:
         return tuple(layers)
@@ -364,6 +369,8 @@ def simplify(units: Units, layers: Sequence[Labels]) -> tuple[Labels, ...]:
     for k in order:
         for other in sorted(alive - {k}):
             if supports[k] <= supports[other] and determines(roots[other], roots[k], distinct[other], units.size):
+                if not related:
+                    units.relate(layers[other], layers[k])
                 alive.remove(k)
                 break
     return tuple(layers[k] for k in sorted(alive))
@@ -403,7 +410,7 @@ def merge(units: Units, values: Sequence[Value]) -> Value:
                 if set(support(new)) & set(support(old)):
                     units.relate(old, new)
         merged += incoming
-    return Value(shape, simplify(units, merged))
+    return Value(shape, simplify(units, merged, related=True))
 
 
 def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = False) -> Value:
@@ -411,6 +418,7 @@ def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = F
     ndim = len(value.shape)
     gone = {d % ndim for d in dims} if ndim else set()
     kept = [d for d in range(ndim) if d not in gone]
+    freeze_entangled(units, value.layers, gone)
     layers: list[Labels] = []
     for layer in value.layers:
         touched = set(support(layer))
@@ -425,6 +433,54 @@ def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = F
     return Value(shape, simplify(units, [layer for layer in layers if support(layer)]))
 
 
+def freeze_entangled(units: Units, layers: Sequence[Labels], gone: set[int]) -> None:
+    """Fixes units that share a reduction's axes with others and meet some of them at one place, some at another.
+
+    Each layer is reduced on its own. That is right where, place by place, the units of one layer meet all those of the
+    other that they meet anywhere.
+    """
+    for first in layers:
+        if not support(first) or set(support(first)) <= gone:
+            continue
+        for second in layers:
+            if second is not first and set(support(first)) & set(support(second)) & gone:
+                a, b = (units.find(x) for x in broadcast_to_support([first, second]))
+                if not meet_alike(a, b, places(np.broadcast_shapes(first.shape, second.shape), gone)):
+                    text = "a reduction over units that meet others in a pattern"
+                    units.freeze(np.concatenate([a, b]), text, expected=False)
+
+
+def places(shape: Sequence[int], gone: set[int]) -> Ids:
+    """For each position of `shape`, the number of the place that it is reduced to."""
+    kept = [1 if d in gone else size for d, size in enumerate(shape)]
+    return np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), shape).ravel()
+
+
+def meet_alike(a: Ids, b: Ids, place: Ids) -> bool:
+    """Whether at each place all pairs of labels occur that occur anywhere between the labels found there."""
+    pairs, index = np.unique(np.stack([a, b]), axis=1, return_inverse=True)
+    a_ids, a_index = np.unique(pairs[0], return_inverse=True)
+    b_ids, b_index = np.unique(pairs[1], return_inverse=True)
+    nodes = len(a_ids) + len(b_ids)
+    graph = coo_matrix((np.ones(pairs.shape[1]), (a_index, len(a_ids) + b_index)), shape=(nodes, nodes))
+    count, member = connected_components(graph, directed=False)
+    group = place * count + member[a_index[index.ravel()]]
+    alone, other, both = (
+        np.bincount(np.unique(np.stack([group, *x]), axis=1)[0], minlength=int(group.max()) + 1)
+        for x in ((a,), (b,), (a, b))
+    )
+    return bool((both == alone * other).all())
+
+
+def scramble(x: Hashes) -> Hashes:
+    """A 64-bit hash of each number (splitmix64)."""
+    with np.errstate(over="ignore"):
+        x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
 def reduce_layer(units: Units, layer: Labels, dims: Sequence[int]) -> Labels:
     """The labels of the blocks that remain when a layer is reduced over some of the dimensions that it varies along."""
     kept_shape = tuple(1 if d in dims else size for d, size in enumerate(layer.shape))
@@ -432,7 +488,11 @@ def reduce_layer(units: Units, layer: Labels, dims: Sequence[int]) -> Labels:
     label = units.find(layer.ravel())
     known = label != WILDCARD
     if units.is_frozen(label[known]).all():
-        return compress(units.rigid(int(np.prod(kept_shape))).reshape(kept_shape))
+        content = np.zeros(int(np.prod(kept_shape)), dtype=np.uint64)  # equal where the same labels are reduced
+        with np.errstate(over="ignore"):
+            np.add.at(content, kept_index, scramble(label.astype(np.uint64)))
+        _, index = np.unique(content, return_inverse=True)
+        return compress(units.rigid(int(index.max()) + 1)[index].reshape(kept_shape))
     pairs = np.unique(np.stack([label[known], kept_index[known]]), axis=1)
     ids, label_index = np.unique(pairs[0], return_inverse=True)
     places, place_index = np.unique(pairs[1], return_inverse=True)
@@ -593,6 +653,13 @@ def contains(units: Units, layers: Sequence[Labels], wanted: Labels) -> bool:
     return any(
         layer.shape == wanted.shape and np.array_equal(units.find(layer), units.find(wanted)) for layer in layers
     )
+
+
+def identifies(units: Units, value: Value) -> bool:
+    """Whether no two positions of a value have the same labels; may say no where it is hard to tell."""
+    along = [d for layer in value.layers for d in support(layer)]
+    every = [d for d, size in enumerate(value.shape) if size > 1]
+    return sorted(along) == every and all(len(np.unique(units.find(x))) == x.size for x in value.layers)
 
 
 def as_parameter(units: Units, name: str, shape: Sequence[int]) -> Value:

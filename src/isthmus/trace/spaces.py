@@ -5,17 +5,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int, UInt64
+from jaxtyping import Int
 
 from isthmus.symmetry import Frozen, Group, Site, Space
 from isthmus.trace.capture import Program
 from isthmus.trace.execute import BatchNorm, Contraction, Tracing
-from isthmus.trace.labels import ORTHOGONAL_LEVEL, WILDCARD, Ids, Labels, Units, Value, compress, support
+from isthmus.trace.labels import (
+    ORTHOGONAL_LEVEL,
+    WILDCARD,
+    Hashes,
+    Ids,
+    Labels,
+    Units,
+    Value,
+    compress,
+    scramble,
+    support,
+)
 
 # By level of evidence: nothing but linear maps, squared norms, norms of centred values, units used one by one.
 GROUPS = (Group.INVERTIBLE, Group.ORTHOGONAL, Group.ORTHOGONAL_FIXING_ONES, Group.PERMUTATION)
 
-Hashes = UInt64[np.ndarray, " _"]
+
+# A fixed unit that a unit is inside of, after the number of the relation that says so.
+Tag = tuple[int, int]
 
 
 class IrregularError(Exception):
@@ -67,7 +80,7 @@ class Coordinates:
     """Where a unit stands: its index in every space that moves it, and what tells it from others at that index."""
 
     spaces: Mapping[int, int] = field(default_factory=dict)
-    tags: tuple[int, ...] = ()
+    tags: tuple[Tag, ...] = ()
 
 
 @dataclass(eq=False)
@@ -113,8 +126,8 @@ def solve(tracing: Tracing) -> Solution:
         units.freeze(irregular, "its units meet others in an irregular pattern", expected=False)
 
 
-def close_relations(units: Units) -> Int[np.ndarray, "edges 2"]:
-    """All (child, parent) pairs, after drawing every conclusion that two relations of one child allow."""
+def close_relations(units: Units) -> Int[np.ndarray, "edges 3"]:
+    """All triples (child, parent, relation), after drawing every conclusion that two relations of one child allow."""
     while True:
         before = (
             len(units.relations),
@@ -135,8 +148,12 @@ def close_relations(units: Units) -> Int[np.ndarray, "edges 2"]:
         )
         if before == after:
             break
-    edges = [np.stack(record, axis=1) for record in canonical_relations(units)]
-    found = np.unique(np.concatenate(edges), axis=0) if edges else np.empty((0, 2), dtype=np.int64)
+    # Which relation says so matters: in x_i − x_j one parent is the first and one the second.
+    edges = [
+        np.stack([children, parents, np.full_like(children, number)], axis=1)
+        for number, (children, parents) in enumerate(canonical_relations(units))
+    ]
+    found = np.concatenate(edges) if edges else np.empty((0, 3), dtype=np.int64)
     while True:  # a fixed unit fixes what it is inside of
         stuck = units.is_frozen(found[:, 0]) & ~units.is_frozen(found[:, 1])
         if not stuck.any():
@@ -181,16 +198,7 @@ def relate_images(units: Units, first: tuple[Ids, Ids], second: tuple[Ids, Ids])
             units.relate_pairs(pairs[0], pairs[1])
 
 
-def scramble(x: Hashes) -> Hashes:
-    """A 64-bit hash of each number (splitmix64)."""
-    with np.errstate(over="ignore"):
-        x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def colour_units(units: Units, edges: Int[np.ndarray, "edges 2"]) -> Hashes:
+def colour_units(units: Units, edges: Int[np.ndarray, "edges 3"]) -> Hashes:
     """A number for each unit, equal for units that occur at the same places and stand in the same relations.
 
     Colour refinement (Weisfeiler and Leman, 1968): start from the places of the graph where a unit occurs, and how
@@ -209,11 +217,12 @@ def colour_units(units: Units, edges: Int[np.ndarray, "edges 2"]) -> Hashes:
         frozen = units.is_frozen(np.arange(count))
         colours[frozen] = scramble(np.arange(count, dtype=np.uint64))[frozen]
         children, parents = edges[:, 0], edges[:, 1]
+        kinds = scramble(edges[:, 2].astype(np.uint64))
         distinct = 0
         while True:
             above, below = np.zeros(count, dtype=np.uint64), np.zeros(count, dtype=np.uint64)
-            np.add.at(above, children, scramble(colours[parents] ^ np.uint64(1)))
-            np.add.at(below, parents, scramble(colours[children] ^ np.uint64(2)))
+            np.add.at(above, children, scramble(colours[parents] ^ kinds ^ np.uint64(1)))
+            np.add.at(below, parents, scramble(colours[children] ^ kinds ^ np.uint64(2)))
             refined = scramble(scramble(colours) + scramble(above) * np.uint64(3) + scramble(below) * np.uint64(5))
             refined[frozen] = colours[frozen]
             found = len(np.unique(refined))
@@ -232,7 +241,7 @@ def units_of_interest(tracing: Tracing) -> Ids:
 
 
 def build_blocks(
-    units: Units, edges: Int[np.ndarray, "edges 2"], colours: Hashes, wanted: Ids
+    units: Units, edges: Int[np.ndarray, "edges 3"], colours: Hashes, wanted: Ids
 ) -> tuple[Solution, Ids | None]:
     """Spaces from colours: exchangeable units that share what they are inside of form one copy of a space.
 
@@ -240,10 +249,13 @@ def build_blocks(
         The solution, and units to freeze before trying again, or None.
     """
     parents: dict[int, list[int]] = defaultdict(list)
-    tags: dict[int, list[int]] = defaultdict(list)
+    tags: dict[int, list[Tag]] = defaultdict(list)
     frozen_parent = units.is_frozen(edges[:, 1])
-    for (child, parent), fixed in zip(edges.tolist(), frozen_parent.tolist(), strict=True):
-        (tags if fixed else parents)[child].append(parent)
+    for (child, parent, number), fixed in zip(edges.tolist(), frozen_parent.tolist(), strict=True):
+        if fixed:
+            tags[child].append((number, parent))
+        elif parent not in parents[child]:
+            parents[child].append(parent)
     solution = Solution([], {}, colours)
     depths, cycle = depth_of(wanted.tolist(), parents)
     if cycle:
@@ -302,7 +314,7 @@ def direct_parents(root: int, parents: Mapping[int, list[int]]) -> list[int]:
 
 
 def place_class(
-    solution: Solution, families: Mapping[tuple[int, ...], list[int]], tags: Mapping[int, list[int]], levels: Ids
+    solution: Solution, families: Mapping[tuple[int, ...], list[int]], tags: Mapping[int, list[Tag]], levels: Ids
 ) -> bool:
     """Gives coordinates to a class of exchangeable units; False where their families differ in size."""
     sizes = {len(family) for family in families.values()}
@@ -329,7 +341,7 @@ def place_class(
         assert inherited is not None
         for index, root in enumerate(family):
             # Siblings that cannot move on their own keep a fixed place among themselves.
-            place = (index,) if own is None and size > 1 else ()
+            place = ((-1, index),) if own is None and size > 1 else ()
             spaces = dict(inherited.spaces) | ({} if own is None else {own: index})
             told = (*inherited.tags, *sorted(tags.get(root, ())), *place)
             solution.coordinates[root] = Coordinates(spaces, told)
@@ -339,7 +351,7 @@ def place_class(
 def inherit(solution: Solution, key: tuple[int, ...]) -> Coordinates | None:
     """The coordinates that a unit has from its parents; None where two parents stand in one space at two places."""
     spaces: dict[int, int] = {}
-    tags: list[int] = []
+    tags: list[Tag] = []
     for parent in key:
         coordinates = solution.coordinates[parent]
         for block, index in coordinates.spaces.items():

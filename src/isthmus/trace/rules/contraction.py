@@ -19,7 +19,7 @@ from isthmus.trace.labels import (
     unsqueeze,
     with_rigid,
 )
-from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL
+from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, varying
 
 
 def contract(units: Units, left: Value, right: Value, dims: list[int]) -> Value:
@@ -47,12 +47,10 @@ def is_told_apart(units: Units, value: Value, ndim: int, gone: set[int]) -> bool
     """Whether no two of the positions that are summed over hold the same number: only such can be mixed at will."""
     offset = ndim - len(value.shape)
     shape = tuple(size if d + offset in gone else 1 for d, size in enumerate(value.shape))
-    rows = [np.arange(1)]
-    for layer in value.layers:
-        if {d + offset for d in support(layer)} <= gone:
-            rows.append(np.broadcast_to(units.find(layer), shape).ravel())
-    labels = np.stack(np.broadcast_arrays(*rows))
-    return np.unique(labels, axis=1).shape[1] == int(np.prod(shape))
+    telling = [layer for layer in value.layers if {d + offset for d in support(layer)} <= gone]
+    labels = [np.zeros(int(np.prod(shape)), dtype=np.int64)]
+    labels += [np.broadcast_to(units.find(layer), shape).ravel() for layer in telling]
+    return np.unique(np.stack(labels), axis=1).shape[1] == len(labels[0])
 
 
 def record(tracing: Tracing, node: fx.Node, weight: object, bias: object, channel: int, output: int = 0) -> None:
@@ -67,7 +65,17 @@ def linear(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """`x Wᵀ + b`."""
     record(tracing, node, argument(node, 1), argument(node, 2), len(a.input.shape) - 1)
     out = contract(tracing.units, unsqueeze(a.input, -2), a.weight, [-1])
-    return out if a.bias is None else merge(tracing.units, [out, a.bias])
+    return with_bias(tracing.units, out, a.bias)
+
+
+def with_bias(units: Units, out: Value, bias: Value | None) -> Value:
+    """The sum of a product and a bias; units along dimensions in which the bias does not vary all receive it alike."""
+    if bias is None:
+        return out
+    for layer in out.layers:
+        if not set(support(layer)) <= varying(bias, len(out.shape)):
+            units.limit(layer.ravel(), PERMUTATION_LEVEL)
+    return merge(units, [out, bias])
 
 
 def argument(node: fx.Node, index: int) -> object:
@@ -101,8 +109,7 @@ def convolution(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
         weight = reshape(weight, (groups, weight.shape[0] // groups, weight.shape[1]))
     out = contract(units, x, weight, [-1])
     out = reshape(out, (*out.shape[:-2], out.shape[-2] * out.shape[-1]))
-    if a.bias is not None:
-        out = merge(units, [out, a.bias])
+    out = with_bias(units, out, a.bias)
     if not transposed or groups == 1:  # a transposed grouped weight has no dimension of all produced units
         record(tracing, node, argument(node, 1), argument(node, 2), 1 if batched else 0, int(transposed))
     out = reshape(out, (*out.shape, *[1] * spatial))
@@ -180,7 +187,7 @@ def addmm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     named = vars(a)
     right = named["mat2"] if "mat2" in named else named["batch2"]
     left = named["mat1"] if "mat1" in named else named["batch1"]
-    return merge(tracing.units, [matmul_aligned(tracing, left, right), named["self"]])
+    return with_bias(tracing.units, matmul_aligned(tracing, left, right), named["self"])
 
 
 def einsum(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:

@@ -1,0 +1,236 @@
+"""The command line as a user meets it: real files, wrong files, one line and exit code 2."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from isthmus.checkpoint import hash_file
+from isthmus.cli import main
+from isthmus.models import load_model
+
+ARCHITECTURE = "zoo:cnn?width=0.5"
+
+
+class Code:
+    def __reduce__(self):
+        return (os.system, ("echo code ran > /tmp/code_ran_in_a_pickle",))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        save_file(load_model(ARCHITECTURE).state_dict(), folder / f"{'abc'[seed]}.safetensors")
+    good = load_file(folder / "a.safetensors")
+    save_file(load_model("zoo:mlp?in_features=64&width=8").state_dict(), folder / "mlp.safetensors")
+    save_file({k: v for k, v in good.items() if k != "head.bias"}, folder / "missing.safetensors")
+    save_file({**good, "head.bias": torch.zeros(3)}, folder / "shape.safetensors")
+    save_file({**good, "head.bias": torch.full((10,), float("nan"))}, folder / "nan.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:5000])
+    (folder / "code.pt").write_bytes(pickle.dumps({"weight": Code()}))
+    (folder / "empty.npz").write_bytes(b"")
+    return folder
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def merge(files, *more):
+    return ["merge", files / "a.safetensors", files / "b.safetensors", "--model", ARCHITECTURE, *more]
+
+
+def test_merge_writes_a_whole_run_folder(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    code, printed, error = run(capsys, *merge(files, "--data", "digits", "-o", out))
+    assert (code, error) == (0, "")
+    assert "merged model" in printed
+    names = {"model.safetensors", "alignment.safetensors", "recipe.yaml", "report.json", "report.html", "README.md"}
+    assert {path.name for path in out.iterdir()} == names
+    report = json.loads((out / "report.json").read_text())
+    assert report["proof"]["max_error"] <= 1e-12
+    assert report["models"][0]["sha256"] == hash_file(files / "a.safetensors")
+    load_model(ARCHITECTURE).load_state_dict(load_file(out / "model.safetensors"))
+
+
+def test_the_written_recipe_makes_the_same_bytes(files, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(capsys, *merge(files, "--weights", "3,1", "--data", "digits", "-o", first))[0] == 0
+    assert run(capsys, "merge", first / "recipe.yaml", "-o", second)[0] == 0
+    for name in ("model.safetensors", "recipe.yaml"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_recipe_refuses_a_file_that_changed(files, tmp_path, capsys):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes((files / "a.safetensors").read_bytes())
+    arguments = ["merge", copy, files / "b.safetensors", "--model", ARCHITECTURE, "-o", tmp_path / "run"]
+    assert run(capsys, *arguments)[0] == 0
+    copy.write_bytes((files / "c.safetensors").read_bytes())
+    code, _, error = run(capsys, "merge", tmp_path / "run" / "recipe.yaml", "-o", tmp_path / "again")
+    assert code == 2
+    assert "has changed" in error
+
+
+def test_json_is_all_that_is_printed(files, tmp_path, capsys):
+    code, printed, error = run(capsys, *merge(files, "--json", "-o", tmp_path / "run"))
+    assert (code, error) == (0, "")
+    assert json.loads(printed)["method"]["name"] == "weight_matching"
+
+
+def test_dry_run_writes_nothing(files, tmp_path, capsys):
+    code, printed, _ = run(capsys, *merge(files, "--restarts", "7", "--dry-run", "-o", tmp_path / "run"))
+    assert code == 0
+    assert "restarts: 7" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_align_keeps_each_function(files, tmp_path, capsys):
+    out = tmp_path / "aligned"
+    arguments = ["align", *(files / f"{name}.safetensors" for name in "abc"), "--model", ARCHITECTURE, "-o", out]
+    assert run(capsys, *arguments)[0] == 0
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    for name in "abc":
+        models = []
+        for folder in (files, out):
+            model = load_model(ARCHITECTURE)
+            model.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            models.append(model.double().eval())
+        # A permuted float64 sum differs in its last digits only.
+        torch.testing.assert_close(models[0](x), models[1](x), rtol=1e-10, atol=1e-10)
+    assert load_file(files / "a.safetensors").keys() == load_file(out / "a.safetensors").keys()
+
+
+def test_connect_draws_the_path(files, tmp_path, capsys):
+    out = tmp_path / "path"
+    arguments = ["connect", files / "a.safetensors", files / "b.safetensors", "--model", ARCHITECTURE]
+    code, printed, _ = run(capsys, *arguments, "--data", "digits", "--points", "3", "-o", out)
+    assert code == 0
+    assert "barrier" in printed
+    assert {path.name for path in out.iterdir()} == {"report.json", "curve.svg", "curve.png"}
+
+
+def test_inspect_shows_spaces_and_proof(capsys):
+    code, printed, _ = run(capsys, "inspect", ARCHITECTURE)
+    assert code == 0
+    assert "features.0" in printed
+    assert "proved" in printed
+
+
+def test_train_then_merge_with_an_external_factory(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mynets.py").write_text(
+        "from torch import nn\n"
+        "def tiny(width=8):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    spec = "mynets:tiny?width=16"
+    for seed in (0, 1):
+        arguments = ["train", spec, "--data", "digits", "--epochs", "2", "--seed", seed, "-o", f"{seed}.safetensors"]
+        code, printed, error = run(capsys, *arguments)
+        assert code == 0, error
+    code, printed, error = run(capsys, "merge", "0.safetensors", "1.safetensors", "--model", spec, "-o", "out")
+    assert code == 0, error
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert "proved" in printed
+
+
+REFUSED = {
+    "other architecture": (["merge", "{a}", "{mlp}", "--model", ARCHITECTURE], "mlp.safetensors"),
+    "missing key": (["merge", "{a}", "{missing}", "--model", ARCHITECTURE], "head.bias"),
+    "wrong shape": (["merge", "{a}", "{shape}", "--model", ARCHITECTURE], "head.bias"),
+    "NaN weight": (["merge", "{a}", "{nan}", "--model", ARCHITECTURE], "head.bias"),
+    "truncated file": (["merge", "{a}", "{cut}", "--model", ARCHITECTURE], "cut.safetensors"),
+    "pickle with code": (["merge", "{a}", "{code.pt}", "--model", ARCHITECTURE], "code.pt"),
+    "missing file": (["merge", "{a}", "{none}", "--model", ARCHITECTURE], "none.safetensors"),
+    "empty data": (["merge", "{a}", "{b}", "--model", ARCHITECTURE, "--data", "{empty.npz}"], "empty.npz"),
+    "unknown data": (["merge", "{a}", "{b}", "--model", ARCHITECTURE, "--data", "digit"], "did you mean 'digits'"),
+    "one checkpoint": (["merge", "{a}", "--model", ARCHITECTURE], "at least two"),
+    "no checkpoint": (["merge", "--model", ARCHITECTURE], "checkpoints"),
+    "no architecture": (["merge", "{a}", "{b}"], "--model"),
+    "unknown method": (["merge", "{a}", "{b}", "--model", ARCHITECTURE, "--method", "wieght_matching"], "did you mean"),
+    "unknown average": (["merge", "{a}", "{b}", "--model", ARCHITECTURE, "--average", "meen"], "did you mean 'mean'"),
+    "unknown repair": (["merge", "{a}", "{b}", "--model", ARCHITECTURE, "--repair", "rest"], "did you mean 'reset'"),
+    "unknown option": (["merge", "{a}", "{b}", "--model", ARCHITECTURE, "--restart", "3"], "did you mean '--restarts'"),
+    "misspelt option": (["merge", "{a}", "{b}", "--modle", ARCHITECTURE], "did you mean '--model'"),
+    "unknown network": (["merge", "{a}", "{b}", "--model", "zoo:resnet21"], "did you mean"),
+    "method without data": (
+        ["merge", "{a}", "{b}", "--model", ARCHITECTURE, "--method", "activation_matching"],
+        "needs data",
+    ),
+    "weights that do not fit": (["merge", "{a}", "{b}", "--model", ARCHITECTURE, "--weights", "1"], "2 numbers"),
+    "wrong input shape": (["merge", "{a}", "{b}", "--model", ARCHITECTURE, "--input", "7,8,8"], "--input"),
+    "bad input shape": (["merge", "{a}", "{b}", "--model", ARCHITECTURE, "--input", "big"], "--input"),
+    "data of another shape": (
+        ["merge", "{a}", "{b}", "--model", "zoo:cnn?width=0.5&in_channels=3", "--data", "digits"],
+        "a.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_one_line_and_nothing_is_written(name, files, tmp_path, capsys):
+    arguments, told = REFUSED[name]
+    places = {"{" + p.name.removesuffix(".safetensors") + "}": str(p) for p in files.iterdir()}
+    places["{none}"] = str(files / "none.safetensors")
+    out = tmp_path / "run"
+    code, printed, error = run(capsys, *(places.get(word, word) for word in arguments), "-o", out)
+    assert code == 2
+    assert printed == ""
+    assert error.count("\n") == 1
+    assert told in error
+    assert not list(tmp_path.iterdir())
+    assert not Path("/tmp/code_ran_in_a_pickle").exists()
+
+
+def test_an_existing_folder_stays_without_force(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(capsys, *merge(files, "-o", out))[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, error = run(capsys, *merge(files, "--seed", "1", "-o", out))
+    assert code == 2
+    assert "--force" in error
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run(capsys, *merge(files, "--seed", "1", "--force", "-o", out))[0] == 0
+    assert (out / "report.json").read_bytes() != before["report.json"]
+
+
+def test_a_misspelt_recipe_key_is_refused(files, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"models: [{{model: {files / 'a.safetensors'}}}, {{model: {files / 'b.safetensors'}}}]\n"
+        f"architecture: '{ARCHITECTURE}'\nmerge_methd: mean\n"
+    )
+    code, _, error = run(capsys, "merge", recipe, "-o", tmp_path / "run")
+    assert code == 2
+    assert "did you mean 'merge_method'" in error
+
+
+def test_the_installed_command_exits_with_two(tmp_path):
+    command = Path(sys.executable).parent / "isthmus"
+    done = subprocess.run([command, "merge", "x", "-o", tmp_path / "o"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("isthmus: ")
+
+
+def test_demo_tells_the_whole_story(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, printed, error = run(capsys, "demo")
+    assert (code, error) == (0, "")
+    report = json.loads((tmp_path / "runs" / "demo" / "report.json").read_text())
+    parents = [score["accuracy"] for score in report["scores"]["parents"]]
+    assert min(parents) > 0.97
+    assert report["scores"]["naive"]["accuracy"] < 0.5  # averaging fails
+    assert report["scores"]["merged"]["accuracy"] > min(parents) - 0.05  # aligned and mended, it works
+    assert report["curves"][0]["aligned"]["barrier"] < report["curves"][0]["naive"]["barrier"] / 2
+    assert "report.html" in printed
