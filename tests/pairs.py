@@ -1,4 +1,4 @@
-"""Small networks of one architecture: freshly drawn, and quickly trained on the digits, with their data and symmetry."""
+"""Small networks of one architecture, freshly drawn or quickly trained on the digits, with their data and symmetry."""
 
 import copy
 from functools import cache
@@ -38,7 +38,10 @@ def fresh(spec: str, seed: int) -> nn.Module:
     """A network at its initial weights."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return load_model(spec).eval()
+        model = load_model(spec).eval()
+    if spec.startswith("resnet20"):  # takes images of any size; small ones are quick
+        model.sample_shape = (sample_shape(model)[0], 16, 16)
+    return model
 
 
 def lively(spec: str, seed: int) -> nn.Module:
@@ -61,6 +64,9 @@ def planted(model: nn.Module, sym: isthmus.Symmetry, seed: int) -> tuple[nn.Modu
     """The model with its units shuffled, and how they were."""
     rng = np.random.default_rng(seed)
     transforms = {space.name: isthmus.Permutation.random(space, rng) for space in sym}
+    for name, transform in transforms.items():
+        if transform.is_identity:
+            transforms[name] = isthmus.Permutation(np.roll(transform.indices, 1, axis=1))
     moved = copy.deepcopy(model)
     moved.load_state_dict(move_state(model.state_dict(), transforms, sym))
     return moved, transforms
@@ -109,7 +115,7 @@ def trained(spec: str, seed: int) -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(seed)
     x, y = (torch.cat(parts) for parts in zip(*data_of(spec), strict=True))
-    for _ in range(3):
+    for _ in range(2):
         for rows in torch.randperm(len(x), generator=generator).split(50):
             optimizer.zero_grad()
             F.cross_entropy(model(x[rows]), y[rows]).backward()

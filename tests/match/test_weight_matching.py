@@ -5,10 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import git_rebasin as oracle
-from pairs import MLP, NETWORKS, RESNET20, TRAINED, VGG_BN, fresh, lively, planted, stir, symmetry, trained
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 import isthmus
 from isthmus import Permutation
@@ -16,6 +12,10 @@ from isthmus.errors import InputError
 from isthmus.match import WeightMatching
 from isthmus.models import ZOO
 from isthmus.transform import move_state
+from oracles import git_rebasin as oracle
+from pairs import MLP, NETWORKS, RESNET20, TRAINED, VGG_BN, fresh, lively, planted, stir, symmetry, trained
+from refusals import refuses
+from zoo import ZOO as STRUCTURES
 
 SPECS = {MLP: oracle.mlp_spec(3), VGG_BN: oracle.vgg11_spec(bn=True), RESNET20: oracle.resnet20_spec()}
 ONE_START = WeightMatching(restarts=1)
@@ -111,16 +111,14 @@ def test_where_it_converged_no_space_alone_can_be_improved(name, kind):
 @SMALL
 def test_more_sweeps_never_lower_the_objective(name):
     models = group_of(name, "random")
-    values = [
-        isthmus.align(models, symmetry(name), WeightMatching(restarts=1, max_sweeps=sweeps))
-        for sweeps in (1, 2, 3, 100)
-    ]
+    methods = [WeightMatching(restarts=1, max_sweeps=sweeps) for sweeps in (1, 2, 3, 100)]
+    found = [isthmus.align(models, symmetry(name), method) for method in methods]
     start = isthmus.align(models, symmetry(name), "identity")
-    reached = [value_of(models, start), *(alignment.objective for alignment in values)]
+    reached = [value_of(models, start), *(alignment.objective for alignment in found)]
     assert reached == sorted(reached)
     assert reached[0] < reached[1]
-    assert not values[0].converged
-    assert values[-1].converged
+    assert not found[0].converged
+    assert found[-1].converged
 
 
 # Optima found by trying everything
@@ -189,9 +187,9 @@ def test_many_restarts_reach_the_optimum_over_nested_and_coupled_spaces(name):
     assert optimum <= found.upper_bound
 
 
-@pytest.mark.parametrize("name", ["RecurrentCell", "TiedAutoencoder", "SharedLayer"])
+@pytest.mark.parametrize("name", ["RecurrentCell", "SharedLayer"])
 def test_a_tensor_touched_twice_by_one_space_stays_below_optimum_and_bound(name):
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         a, b = STRUCTURES[name]().eval(), STRUCTURES[name]().eval()
         args, kwargs = a.inputs()
@@ -219,9 +217,28 @@ def test_a_planted_permutation_is_recovered(name):
     assert found.objective == pytest.approx(value_of([model, model], isthmus.align([model, model], sym, "identity")))
 
 
-MOVABLE = [name for name, net in STRUCTURES.items() if net.spaces]
+QUICK = {  # nested spaces, and tensors that one space touches several times
+    "GroupNorm",
+    "GroupedConv",
+    "GroupedConvTranspose",
+    "GroupedShuffle",
+    "DepthwiseMultiplier",
+    "DenseBlock",
+    "ConcatSameUnitsRolled",
+    "TiedAutoencoder",
+    "RecurrentCell",
+    "Attention",
+    "GroupedQueries",
+    "OuterProduct",
+}
+MOVABLE = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name, net in STRUCTURES.items()
+    if net.spaces
+]
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.export on recurrent layers
 @pytest.mark.parametrize("name", MOVABLE)
 def test_a_planted_permutation_is_recovered_in_every_structure(name):
     torch.manual_seed(0)

@@ -1,13 +1,14 @@
 """Git Re-Basin and REPAIR transcribed step by step, for comparison: float64, dense, no caching, no tracing.
 
-A specification lists by hand what the library finds by tracing: for every hidden space the places (parameter, axis) that
-its permutation moves. `permutations[space][i] = j` puts unit j of the moved model into slot i of the fixed one.
+A specification lists by hand what the library finds by tracing: for every hidden space the places (parameter, axis)
+that its permutation moves. `permutations[space][i] = j` puts unit j of the moved model into slot i of the fixed one.
 
-Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin, ICLR 2023, sections 3.1 and 3.2 and Algorithms 1 and 3; Jordan, Sedghi,
-    Saukh, Entezari, Neyshabur, REPAIR, ICLR 2023, section 3. Written from their descriptions.
+Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin, ICLR 2023, sections 3.1 and 3.2 and Algorithms 1 and 3; Jordan,
+    Sedghi, Saukh, Entezari, Neyshabur, REPAIR, ICLR 2023, section 3. Written from their descriptions.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ def mlp_spec(depth: int) -> Spec:
     layers = [*(f"hidden.{index}" for index in range(depth)), "head"]
     return {
         before: [(f"{before}.weight", 0), (f"{before}.bias", 0), (f"{after}.weight", 1)]
-        for before, after in zip(layers[:-1], layers[1:], strict=True)
+        for before, after in pairwise(layers)
     }
 
 
@@ -49,7 +50,7 @@ def vgg11_spec(bn: bool) -> Spec:
     convolutions = (0, 4, 8, 11, 15, 18, 22, 25) if bn else (0, 3, 6, 8, 11, 13, 16, 18)
     layers = [*(f"features.{index}" for index in convolutions), "head"]
     spec: Spec = {}
-    for index, (before, after) in enumerate(zip(layers[:-1], layers[1:], strict=True)):
+    for index, (before, after) in enumerate(pairwise(layers)):
         own = batch_norm(f"features.{convolutions[index] + 1}") if bn else [(f"{before}.bias", 0)]
         spec[before] = [(f"{before}.weight", 0), *own, (f"{after}.weight", 1)]
     return spec
@@ -195,10 +196,10 @@ def activations(
         for space, (names, is_input) in watched.items():
             for name in names:
 
-                def keep(module, inputs, output, space=space, is_input=is_input):
+                def keep(module, inputs, output, values=seen[space], is_input=is_input):
                     value = inputs[0] if is_input else output
-                    if not any(value is other for other in seen[space]):
-                        seen[space].append(value)
+                    if not any(value is other for other in values):
+                        values.append(value)
 
                 handles.append(modules[name].register_forward_hook(keep))
         with torch.no_grad():

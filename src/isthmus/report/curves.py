@@ -103,7 +103,7 @@ def describe(curves: Mapping[str, Any], panel: str) -> str:
 
 
 def _say(value: float, panel: str) -> str:
-    return f"{value:.1%}" if panel == "accuracy" else f"{value:.3g}"
+    return f"{100 * value:.1f} %" if panel == "accuracy" else f"{value:.3g}"
 
 
 def series(
@@ -138,7 +138,7 @@ def _picture(curves: Mapping[str, Any], colours: Mapping[str, str], kind: str) -
         for axes, panel in zip(grid[0], panels, strict=True):
             _fill_panel(axes, curves, panel, colours)
         handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), handlelength=2.4)
+        figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(handles), handlelength=2.4)
         return _save(figure, kind)
 
 
@@ -217,7 +217,7 @@ def _fill_panel(axes: "Axes", curves: Mapping[str, Any], panel: str, colours: Ma
     axes.set_xlim(-0.02, 1.02)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if panel == "accuracy":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
     straight_drawn = False
     rises = []
     for kind in KINDS:

@@ -61,7 +61,7 @@ def percent(value: Any, digits: int = 1) -> str:
     number = finite(value)
     if number is None:
         return ABSENT
-    return signed(f"{shown(number * 100, digits)}%")
+    return signed(f"{shown(number * 100, digits)}{NARROW}%")
 
 
 def shown(number: float, digits: int) -> str:

@@ -114,20 +114,18 @@ def render(report: Report) -> str:
 
 def opening(report: Report) -> dict[str, Any]:
     """The head of the page: what was merged, the verdict, and the four figures behind it."""
-    models = len(report["models"])
+    models, method = len(report["models"]), report["method"]["name"]
     network = f"× {report['model']}" if report.get("model") else "networks"
+    tiles = [_merged_tile(report), _naive_tile(report), _barrier_tile(report), _proof_tile(report)]
     return {
-        "title": f"{models} {network}, {report['method']['name']}",
+        "title": f"{models} {network}, {method}",
         "heading": f"{models} {network}",
-        "method": report["method"]["name"],
+        "deed": "aligned" if _only_aligned(report) else "merged",
+        "method": method,
         "created": report.get("created"),
         "version": report["isthmus"],
-        "verdict": report["verdict"],
-        "tiles": [
-            tile
-            for tile in (_merged_tile(report), _naive_tile(report), _barrier_tile(report), _proof_tile(report))
-            if tile
-        ],
+        "verdict": report["verdict"].replace(" %", f"{figures.NARROW}%"),
+        "tiles": [tile for tile in tiles if tile],
         "unproved": report.get("proof") is None,
     }
 
@@ -202,10 +200,14 @@ def _digits(count: Any) -> int:
     return 2 if (figures.finite(count) or 0) >= 2000 else 1
 
 
-def scores(report: Report) -> dict[str, Any]:
+def scores(report: Report) -> dict[str, Any] | None:
     """Loss and accuracy of parents, references and the merged network."""
+    if _only_aligned(report):
+        return None
     found = report.get("scores") or {}
-    mended = REPAIRS.get(report.get("repair") or "", str(report.get("repair") or ""))
+    mended = REPAIRS.get(report.get("repair") or "", report.get("repair") or "")
+    if found.get("naive_mended") is None:
+        mended = ""  # there was nothing to mend
     parents = found.get("parents") or []
     models = [_basename(model) for model in report["models"]]
     average = (report.get("average") or {}).get("name")
@@ -237,9 +239,11 @@ def scores(report: Report) -> dict[str, Any]:
     }
 
 
-def path(report: Report) -> dict[str, Any]:
+def path(report: Report) -> dict[str, Any] | None:
     """Loss and accuracy along the lines between the parents, drawn and as barriers."""
     pairs = report.get("curves") or []
+    if _only_aligned(report) and not pairs:
+        return None
     drawn = []
     for index, pair in enumerate(pairs[:MOST_PICTURES]):
         pictures = [Markup(curves.draw_panel(pair, panel, f"pair{index}{panel}")) for panel in curves.panels_of(pair)]
@@ -293,7 +297,8 @@ def symmetry(report: Report) -> dict[str, Any]:
     return {
         "proof": report.get("proof"),
         "free_units": _free_units(report),
-        "moved_share": found.get("moved_share"),
+        "moved_units": _moved_units(spaces),
+        "touched_share": figures.finite(found.get("moved_share")),
         "spaces": spaces[:MOST_ROWS],
         "left_out": max(0, len(spaces) - MOST_ROWS),
         "most_sites": max(10, MOST_SITES // max(1, min(len(spaces), MOST_ROWS))),
@@ -373,7 +378,7 @@ def frozen(report: Report) -> dict[str, Any] | None:
 
 def matching(report: Report) -> dict[str, Any]:
     """How the models were matched and averaged."""
-    method, average = report["method"], report.get("average") or figures.Facts()
+    method, average = report["method"], report.get("average")
     objective, bound = figures.finite(method.get("objective")), figures.finite(method.get("upper_bound"))
     return {
         "method": method,
@@ -381,10 +386,11 @@ def matching(report: Report) -> dict[str, Any]:
         "details": _options(method.get("details")),
         "ratio": objective / bound if objective is not None and bound else None,
         "average": average,
-        "average_options": _options(average.get("options")),
-        "coefficients": average.get("coefficients") or [],
+        "average_options": _options((average or {}).get("options")),
+        "coefficients": (average or {}).get("coefficients") or [],
         "repair": report.get("repair"),
         "mended": REPAIRS.get(report.get("repair") or ""),
+        "gained_biases": report.get("gained_biases") or [],
     }
 
 
@@ -393,6 +399,7 @@ def provenance(report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "models": report["models"],
+        "aligned": report.get("aligned") or [],
         "data": report.get("data"),
         "versions": [("isthmus", report["isthmus"]), *(report.get("versions") or {}).items()],
     }
@@ -424,11 +431,30 @@ def _figure(pair: Report, kind: str, name: str) -> float | None:
     return figures.finite((pair.get(kind) or {}).get(name))
 
 
+def _only_aligned(report: Report) -> bool:
+    """Whether the run wrote its models moved into one frame, and merged nothing."""
+    return report.get("aligned") is not None
+
+
+def _moved_units(spaces: Sequence[Report]) -> float | None:
+    """The share of all units that moved, on average over the models that moved at all."""
+    sizes = [int(space["size"]) * int(space["copies"] or 1) for space in spaces]
+    columns = list(zip(*(space.get("moved") or [] for space in spaces), strict=False))
+    known = [[share for share in map(figures.finite, column) if share is not None] for column in columns]
+    moving = [shares for shares in known if len(shares) == len(sizes) and any(shares)]
+    if not moving:
+        return 0.0 if known and all(len(shares) == len(sizes) for shares in known) else None
+    total = sum(size * share for shares in moving for size, share in zip(sizes, shares, strict=True))
+    return total / sum(sizes) / len(moving)
+
+
 def _free_units(report: Report) -> int:
     """Units that can move, as recorded or else counted over the spaces."""
     known = figures.finite(report["symmetry"].get("free_units"))
     spaces = report["symmetry"].get("spaces") or []
-    return round(known) if known is not None else sum(int(space["size"]) * int(space["copies"] or 1) for space in spaces)
+    return (
+        round(known) if known is not None else sum(int(space["size"]) * int(space["copies"] or 1) for space in spaces)
+    )
 
 
 def _pair_name(pair: Report) -> str:

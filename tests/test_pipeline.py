@@ -1,0 +1,138 @@
+"""Run folders from recipes, and example inputs that nobody named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from isthmus.data import load_data
+from isthmus.errors import CheckpointError, DataError, InputError
+from isthmus.inputs import example_input
+from isthmus.models import load_model
+from isthmus.pipeline import run_align, run_connect, run_merge
+from isthmus.recipe import Alignment, Data, Member, Recipe, read_recipe
+
+ARCHITECTURE = "zoo:cnn?width=0.5"
+
+
+def parents(folder, count=2, dtype=torch.float32):
+    members = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        (folder / str(seed)).mkdir()
+        path = folder / str(seed) / "model.safetensors"
+        save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in load_model(ARCHITECTURE).state_dict().items()}, path)
+        members.append(Member(model=str(path)))
+    return members
+
+
+def test_three_models_become_one(tmp_path):
+    recipe = Recipe(models=parents(tmp_path, 3), architecture=ARCHITECTURE, data=Data(name="digits", samples=200))
+    report = run_merge(recipe, tmp_path / "run")
+    assert len(report["scores"]["parents"]) == 3
+    assert report["curves"] is None
+    assert [len(space["moved"]) for space in report["symmetry"]["spaces"]] == [3, 3, 3]
+    assert "3 models" in report["verdict"]
+
+
+def test_files_of_one_name_are_numbered(tmp_path):
+    recipe = Recipe(models=parents(tmp_path), architecture=ARCHITECTURE)
+    report = run_align(recipe, tmp_path / "run")
+    assert report["aligned"] == ["0-model.safetensors", "1-model.safetensors"]
+
+
+def test_a_folder_is_a_checkpoint_and_its_config_is_kept(tmp_path):
+    members = parents(tmp_path)
+    (tmp_path / "0" / "config.json").write_text('{"a": 1}')
+    folders = [Member(model=str(tmp_path / str(index))) for index in range(2)]
+    run_merge(Recipe(models=folders, architecture=ARCHITECTURE), tmp_path / "run")
+    run_merge(Recipe(models=members, architecture=ARCHITECTURE), tmp_path / "again")
+    assert (tmp_path / "run" / "config.json").read_text() == '{"a": 1}'
+    bytes_of = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "again")]
+    assert bytes_of[0] == bytes_of[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_out_dtype_is_written(tmp_path, dtype):
+    recipe = Recipe(models=parents(tmp_path), architecture=ARCHITECTURE, out_dtype=dtype)
+    run_merge(recipe, tmp_path / "run")
+    state = load_file(tmp_path / "run" / "model.safetensors")
+    assert {t.dtype for t in state.values() if t.is_floating_point()} == {getattr(torch, dtype)}
+    assert all(t.dtype == torch.int64 for name, t in state.items() if name.endswith("num_batches_tracked"))
+
+
+def test_the_report_is_plain_json(tmp_path):
+    recipe = Recipe(models=parents(tmp_path), architecture=ARCHITECTURE, data=Data(name="digits", samples=200))
+    report = run_merge(recipe, tmp_path / "run")
+    text = (tmp_path / "run" / "report.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["verdict"] == report["verdict"]
+    assert read_recipe(tmp_path / "run" / "recipe.yaml").models[0].sha256 == report["models"][0]["sha256"]
+
+
+def test_no_proof_is_said_so(tmp_path):
+    recipe = Recipe(models=parents(tmp_path), architecture=ARCHITECTURE, verify=False)
+    assert run_merge(recipe, tmp_path / "run")["proof"] is None
+    assert "--no-verify" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_nothing_is_written_when_the_last_step_fails(tmp_path, monkeypatch):
+    recipe = Recipe(models=parents(tmp_path), architecture=ARCHITECTURE)
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("isthmus.pipeline.write_report", full_disk)
+    with pytest.raises((OSError, CheckpointError), match="No space left"):
+        run_merge(recipe, tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+def test_connect_needs_two_models_and_data(tmp_path):
+    members = parents(tmp_path, 3)
+    with pytest.raises(InputError, match="a line connects two"):
+        run_connect(Recipe(models=members, architecture=ARCHITECTURE, data=Data(name="digits")))
+    with pytest.raises(DataError, match="--data"):
+        run_connect(Recipe(models=members[:2], architecture=ARCHITECTURE))
+
+
+def test_the_first_weight_suggests_an_input_and_it_is_said():
+    model = nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    (batch,), assumed = example_input(model.eval(), None, None)
+    assert batch.shape[1] == 5
+    assert "5" in assumed
+
+
+def test_an_input_that_cannot_be_guessed_is_asked_for():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.layer(x.reshape(-1, 3, 2, 1).flatten(1)) + x.view(-1, 1, 2, 3)[:, 0, 0, :2] * x[:, 7:9]
+
+    with pytest.raises(InputError, match="--input"):
+        example_input(Picky().eval(), None, None)
+
+
+def test_data_that_does_not_fit_the_model_is_named():
+    with pytest.raises(DataError, match="digits"):
+        example_input(load_model("zoo:cnn?in_channels=3").eval(), None, load_data("digits"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"align": Alignment(method="weight_matchin")}, "did you mean 'weight_matching'"),
+        ({"align": Alignment(options={"restart": 2})}, "did you mean 'restarts'"),
+        ({"out_dtype": "bfloat"}, "did you mean 'bfloat16'"),
+        ({"models": [Member(model="a", parameters={"wieght": 1.0}), Member(model="b")]}, "did you mean 'weight'"),
+    ],
+)
+def test_a_recipe_is_checked_before_anything_is_read(changes, told):
+    recipe = Recipe(models=[Member(model="a"), Member(model="b")], architecture=ARCHITECTURE)
+    with pytest.raises(InputError, match=told):
+        recipe.model_copy(update=changes).check()
