@@ -12,6 +12,7 @@ import isthmus
 from isthmus.data import load_data
 from isthmus.models import load_model, sample_shape
 from isthmus.transform import move_state
+from oracles import git_rebasin as oracle
 
 MLP = "mlp?in_features=64&width=24&depth=3"
 VGG_BN = "vgg11_bn?width=0.0625&in_channels=1"
@@ -58,6 +59,40 @@ def stir(model: nn.Module, seed: int) -> None:
         if tensor.is_floating_point() and tensor.ndim == 1:
             noise = torch.rand(tensor.shape, generator=generator)
             tensor.copy_(0.5 + noise if "running_var" in name else tensor + noise - 0.5)
+
+
+SPECS = {MLP: oracle.mlp_spec(3), VGG_BN: oracle.vgg11_spec(bn=True), RESNET20: oracle.resnet20_spec()}
+WATCHED = {MLP: oracle.mlp_watched(3), VGG_BN: oracle.vgg11_bn_watched(), RESNET20: oracle.resnet20_watched()}
+
+
+@cache
+def by_hand(spec: str) -> dict[str, str]:
+    """For every traced space, in order, the space of the hand-written specification that has the same places."""
+    trained_names = {parameter for parameter, _ in fresh(spec, 0).named_parameters()}
+    named = {frozenset(places): name for name, places in SPECS[spec].items()}
+    found = {}
+    for space in symmetry(spec):
+        places = {(site.parameter, site.dims[0]) for site in space.sites if site.parameter in trained_names}
+        found[space.name] = named[frozenset(places)]
+    assert len(found) == len(named)
+    return found
+
+
+def spec_of(spec: str) -> oracle.Spec:
+    """The hand-written specification, its spaces named and ordered as the traced ones."""
+    return {name: SPECS[spec][by_hand(spec)[name]] for name in by_hand(spec)}
+
+
+def watched(spec: str, at: str) -> dict[str, oracle.Watched]:
+    """Where hooks read each traced space."""
+    return {name: WATCHED[spec][at][by_hand(spec)[name]] for name in by_hand(spec)}
+
+
+@cache
+def seen_by_hooks(spec: str, at: str, seed: int) -> dict[str, np.ndarray]:
+    """All samples of every space of a trained network on its data, as hooks see them."""
+    units = {space.name: space.size for space in symmetry(spec)}
+    return oracle.activations(trained(spec, seed), [x for x, _ in data_of(spec)], watched(spec, at), units)
 
 
 def planted(model: nn.Module, sym: isthmus.Symmetry, seed: int) -> tuple[nn.Module, dict[str, isthmus.Permutation]]:

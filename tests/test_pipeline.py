@@ -23,7 +23,10 @@ def parents(folder, count=2, dtype=torch.float32):
         torch.manual_seed(seed)
         (folder / str(seed)).mkdir()
         path = folder / str(seed) / "model.safetensors"
-        save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in load_model(ARCHITECTURE).state_dict().items()}, path)
+        save_file(
+            {k: v.to(dtype) if v.is_floating_point() else v for k, v in load_model(ARCHITECTURE).state_dict().items()},
+            path,
+        )
         members.append(Member(model=str(path)))
     return members
 

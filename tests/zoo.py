@@ -5,11 +5,15 @@
 are empty where the tracer finds all. A count of free units adds up sizes, all copies counted.
 """
 
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import isthmus
+from isthmus.symmetry import Symmetry
 
 
 class Net(nn.Module):
@@ -23,6 +27,7 @@ class Net(nn.Module):
         frozen_by: Operations that are expected to be listed in `Symmetry.frozen` as having lost symmetry.
         no_ops: Tensors that a space touches and the outputs do not depend on.
         untouched: Tensors that the forward pass never reads.
+        larger: The groups beyond permutations that spaces have, one entry for each such space.
     """
 
     sample_shape: tuple[int, ...] = (3,)
@@ -32,6 +37,7 @@ class Net(nn.Module):
     frozen_by: ClassVar[tuple[str, ...]] = ()
     no_ops: ClassVar[tuple[str, ...]] = ()
     untouched: ClassVar[tuple[str, ...]] = ()
+    larger: ClassVar[tuple[str, ...]] = ()
 
     def inputs(self, samples: int = 2, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword inputs of a batch."""
@@ -99,6 +105,7 @@ class DeepLinear(Chain):
     """No nonlinearity: every invertible map keeps the function."""
 
     spaces = (5, 4)
+    larger = ("invertible", "invertible")
 
     def __init__(self):
         super().__init__(nn.Linear(3, 5), nn.Linear(5, 4), nn.Linear(4, 2))
@@ -515,9 +522,9 @@ class ConcatSameUnitsInterleaved(ConcatSameUnits):
 
 
 class PatchMerging(Net):
-    """Four neighbours of a picture side by side: each channel stands at four places, in the norm and in its consumer."""
+    """Four neighbours of a picture side by side: each channel stands at four places, in the norm and its consumer."""
 
-    sample_shape = (2, 2, 4, 3)[1:]
+    sample_shape = (2, 4, 3)
     spaces = (5, 4)
 
     def __init__(self):
@@ -726,6 +733,26 @@ class FlattenedConcat(Net):
         return self.head(F.relu(torch.cat([self.conv(x).flatten(1), self.vector(x.flatten(1))], 1)))
 
 
+class LinearFlattened(Net):
+    """No nonlinearity behind a convolution: every invertible map of the channels keeps the function."""
+
+    sample_shape = (2, 3, 3)
+    spaces = (4,)
+    larger = ("invertible",)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 2), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(self.conv(x).flatten(1))
+
+
+class LinearFlattenedLast(LinearFlattened):
+    def forward(self, x):
+        return self.head(self.conv(x).permute(0, 2, 3, 1).flatten(1))
+
+
 class UNet(Net):
     sample_shape = (2, 4, 4)
     spaces = (3, 4, 5, 6)
@@ -754,6 +781,22 @@ class OuterProduct(Net):
 
     def forward(self, x):
         return self.head((F.relu(self.left(x))[:, :, None] * F.relu(self.right(x))[:, None, :]).flatten(1))
+
+
+class PairwiseDifferences(Net):
+    """A feature is the difference of two units of one space, one way and the other."""
+
+    missed = 3
+    why = "a site moves along a dimension by one permutation, not by a permutation twice"
+    frozen_by = ("",)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 3), nn.Linear(9, 2)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.head((x[:, :, None] - x[:, None, :]).flatten(1))
 
 
 class SelfOuterProduct(Net):
@@ -1078,6 +1121,7 @@ class ScaledWeight(Net):
     """A deep linear network whose second weight is used at half its size."""
 
     spaces = (5,)
+    larger = ("orthogonal",)  # that a half weight moves by T⁻¹ is not followed
 
     def __init__(self):
         super().__init__()
@@ -1091,6 +1135,7 @@ class FactorisedWeight(Net):
     """A weight that is a product of two: the rank's units move, in one factor by T and in the other by T⁻¹."""
 
     spaces = (4, 5)
+    larger = ("orthogonal",)  # which factor moves by T⁻¹ is not followed
 
     def __init__(self):
         super().__init__()
@@ -1105,6 +1150,7 @@ class LowRankUpdate(Net):
     """A weight plus a product of two small ones."""
 
     spaces = (2, 5)
+    larger = ("invertible",)
 
     def __init__(self):
         super().__init__()
@@ -1120,6 +1166,7 @@ class Gram(Net):
 
     sample_shape = (4, 3)
     spaces = (5,)
+    larger = ("orthogonal",)
 
     def __init__(self):
         super().__init__()
@@ -1191,6 +1238,44 @@ class Softmax(Chain):
 
     def __init__(self):
         super().__init__(nn.Linear(3, 5), nn.Softmax(-1), nn.Linear(5, 2))
+
+
+class Bilinear(Net):
+    missed = 4 + 5
+    why = "torch.bilinear has no rule"
+    frozen_by = ("aten.bilinear",)
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(3, 4), nn.Linear(3, 5), nn.Bilinear(4, 5, 2)
+
+    def forward(self, x):
+        return self.head(F.relu(self.left(x)), F.relu(self.right(x)))
+
+
+class CircularConvolution(Net):
+    """Each unit is multiplied with a fixed number and added to its neighbours' shares: only turns keep that."""
+
+    frozen_by = ("aten.sum",)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.register_buffer("kernel", torch.tensor([1.0, 2.0, 3.0, 5.0]), persistent=False)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        turned = torch.stack([x.roll(shift, 1) for shift in range(4)], 2)
+        return self.head((turned * self.kernel).sum(2))
+
+
+class LearnedCircularConvolution(CircularConvolution):
+    """As before with a learned kernel: its numbers cannot be exchanged either."""
+
+    def __init__(self):
+        super().__init__()
+        del self.kernel
+        self.kernel = nn.Parameter(torch.randn(4))
 
 
 class Sort(Chain):
@@ -1361,6 +1446,7 @@ class SingleHead(Net):
 
     sample_shape = (4, 3)
     spaces = (3, 4)
+    larger = ("invertible", "orthogonal")  # invertible both, but which of queries and keys moves by T⁻¹ is not followed
 
     def __init__(self):
         super().__init__()
@@ -1458,3 +1544,18 @@ ZOO: dict[str, type[Net]] = {
     for net in list(globals().values())
     if isinstance(net, type) and issubclass(net, Net) and net not in (Net, Chain)
 }
+
+
+@cache
+def built(name: str) -> Net:
+    """A network of the zoo with seeded weights, in training mode as it comes; to be left as it is."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return ZOO[name]()
+
+
+@cache
+def traced(name: str) -> Symmetry:
+    """The symmetry of `built(name)`."""
+    args, kwargs = built(name).inputs()
+    return isthmus.trace(built(name), *args, kwargs=kwargs)

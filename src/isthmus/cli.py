@@ -234,7 +234,9 @@ def train(
 
     report = run_train(
         model, data, out, seed=seed, preset=preset, split=split, part=part, parts=parts, folder=data_dir, force=force,
-        changes={"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "weight_decay": weight_decay},
+        changes={
+            "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "weight_decay": weight_decay,
+        },
     )  # fmt: skip
     if as_json:
         return print_json(report)
@@ -438,7 +440,7 @@ def print_proof(proof: Mapping[str, Any] | None) -> None:
     silent = f"; no effect on the outputs: {', '.join(proof['no_ops'])}" if proof["no_ops"] else ""
     console.print(
         f"proved: random transforms of all spaces change the outputs by {proof['max_error']:.0e} at most "
-        f"(rounding explains {proof['tolerance']:.0e}), leaving out any tensor by {proof['weakest_control']:.0e} at least"
+        f"(rounding explains {proof['tolerance']:.0e}), leaving out any tensor by {proof['weakest_control']:.0e} or more"
         f"{escape(silent)}",
         style="green",
     )
@@ -480,13 +482,12 @@ def print_scores(report: Mapping[str, Any]) -> None:
 
 
 def print_curves(report: Mapping[str, Any]) -> None:
-    """Prints both curves, λ by λ, and their barriers."""
+    """Prints the curves of the models as they are (naive) and aligned, λ by λ, and their barriers."""
     curves = report["curves"][0]
     table = Table(title=f"{report['data']['name']}, {report['split']} split", title_justify="left")
     table.add_column("λ", justify="right")
-    for name in ("as they are", "aligned"):
-        table.add_column(f"loss, {name}", justify="right")
-        table.add_column(f"accuracy, {name}", justify="right")
+    for column in ("naive loss", "naive accuracy", "aligned loss", "aligned accuracy"):
+        table.add_column(column, justify="right", no_wrap=True)
     naive, aligned = curves["naive"], curves["aligned"]
     for index, x in enumerate(naive["lambdas"]):
         cells = []
@@ -495,7 +496,7 @@ def print_curves(report: Mapping[str, Any]) -> None:
             cells.append(f"{100 * curve['accuracies'][index]:.2f} %" if curve["accuracies"] else "–")
         table.add_row(f"{x:.2f}", *cells)
     console.print(table)
-    for name, curve in (("as they are", naive), ("aligned", aligned)):
+    for name, curve in (("naive", naive), ("aligned", aligned)):
         console.print(
             f"{name}: loss barrier {curve['barrier']:.4f} (at ½ {curve['midpoint_barrier']:.4f}), "
             f"error barrier {100 * curve['error_barrier']:.2f} points"

@@ -80,8 +80,9 @@ class Curve:
 
 def barrier_of(lambdas: Any, values: Any) -> float:
     """Largest rise of `values` above the straight line between first and last; NaN if there are none or one is NaN."""
-    rises = [v - ((1 - x) * values[0] + x * values[-1]) for x, v in zip(lambdas, values, strict=True)]
-    return float("nan") if not rises or any(map(math.isnan, rises)) else max(rises)
+    if not len(values) or any(map(math.isnan, values)):
+        return float("nan")
+    return max(v - ((1 - x) * values[0] + x * values[-1]) for x, v in zip(lambdas, values, strict=True))
 
 
 def rise_at_half(lambdas: Any, values: Any) -> float:

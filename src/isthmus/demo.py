@@ -1,8 +1,11 @@
 """The whole story on data that is always there: two networks trained from different seeds become one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from isthmus.pipeline import run_merge
 from isthmus.recipe import Alignment, Data, Member, Recipe
@@ -12,6 +15,18 @@ ARCHITECTURE = "zoo:cnn?width=3"
 SEEDS = (0, 1)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch on one thread: networks this small gain nothing from more, and lose much where cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def run_demo(out: Path, say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Trains two small networks on digits, merges them into a run folder, and returns its report.
 

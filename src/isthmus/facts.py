@@ -126,8 +126,14 @@ def verdict(report: Mapping[str, Any]) -> str:
     """What the run found, in a sentence or two, from its own figures."""
     models, method = len(report["models"]), spoken(report["method"]["name"])
     scores = report.get("scores")
-    if not scores or scores["merged"]["accuracy"] is None:
+    if not scores:
         return f"{models} models became one, aligned by {method}. No data was given, so its quality was not measured."
+    if scores["merged"]["accuracy"] is None:
+        mean_loss = sum(score["loss"] for score in scores["parents"]) / models
+        return (
+            f"{models} models with a mean loss of {mean_loss:.3f} became one with {scores['merged']['loss']:.3f} on "
+            f"{report['data']['name']} ({report['data']['score_split']}), aligned by {method}."
+        )
     parents = [score["accuracy"] for score in scores["parents"]]
     merged, mean = scores["merged"]["accuracy"], sum(parents) / len(parents)
     naive = (scores["naive_mended"] or scores["naive"])["accuracy"]
@@ -190,8 +196,9 @@ Parents, all of architecture `{recipe.architecture}`:
 
 {parents}
 
-Aligned by {spoken(recipe.align.method)}, averaged by {spoken(recipe.merge_method)}, statistics mended by {report["repair"] or "nothing"}.
-`recipe.yaml` holds every option; `isthmus merge recipe.yaml -o FOLDER` makes this model again.
+Aligned by {spoken(recipe.align.method)}, averaged by {spoken(recipe.merge_method)}, statistics mended by
+{report["repair"] or "nothing"}. `recipe.yaml` holds every option; `isthmus merge recipe.yaml -o FOLDER` makes this model
+again.
 {note}
 ## How to load it
 

@@ -227,7 +227,8 @@ def run_connect(recipe: Recipe, *, points: int = 11, split: str = "test", raw: b
     if recipe.data is None:
         raise DataError("connecting models measures their loss: give --data NAME or --data FILE.npz")
     inputs = load_inputs(recipe)
-    assert inputs.data is not None and inputs.calibration is not None
+    assert inputs.data is not None
+    assert inputs.calibration is not None
     scored = inputs.data.test() if split == "test" else inputs.calibration
     mending = None if raw else "reset"
     symmetry, proof, alignment = prepare(recipe, inputs)

@@ -74,7 +74,7 @@ class Recipe(Strict):
         """Checks what the types alone do not say.
 
         Raises:
-            InputError: Fewer than two models, an unknown method, average, repair or dtype, or a method without its data.
+            InputError: Fewer than two models, an unknown name or option, or a method without its data.
         """
         if len(self.models) < 2:
             raise InputError(f"{len(self.models)} checkpoint given: merging needs at least two")

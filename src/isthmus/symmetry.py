@@ -201,16 +201,19 @@ class Symmetry:
                 tied=data["tied"],
                 untouched=tuple(data["untouched"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SymmetryError(
                 f"this JSON is not a symmetry ({error}): write it again with Symmetry.to_json"
             ) from error
 
     @property
     def hash(self) -> str:
-        """SHA-256 of what a transform depends on: the spaces and their sites."""
-        content = json.loads(self.to_json())
-        return hashlib.sha256(json.dumps(content["spaces"], sort_keys=True).encode()).hexdigest()
+        """SHA-256 of what a transform depends on: the spaces and their sites, in whatever order they are listed."""
+        spaces = json.loads(self.to_json())["spaces"]
+        for space in spaces:
+            space["sites"].sort(key=lambda site: (site["parameter"], site["dims"]))
+        spaces.sort(key=lambda space: space["name"])
+        return hashlib.sha256(json.dumps(spaces, sort_keys=True).encode()).hexdigest()
 
 
 def encode_positions(positions: Int[np.ndarray, "copies size repeat"]) -> dict[str, Any]:
@@ -218,7 +221,8 @@ def encode_positions(positions: Int[np.ndarray, "copies size repeat"]) -> dict[s
     shape = positions.shape
     start = int(positions[0, 0, 0]) if positions.size else 0
     strides = [
-        int(np.take(positions, 1, axis)[(0, 0)] - start) if length > 1 else 0 for axis, length in enumerate(shape)
+        int(np.take(positions, 1, axis)[(0, 0)] - start) if length > 1 and positions.size else 0
+        for axis, length in enumerate(shape)
     ]
     if np.array_equal(positions, regular_positions(shape, start, strides)):
         return {"shape": list(shape), "start": start, "strides": strides}

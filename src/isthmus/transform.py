@@ -31,7 +31,7 @@ class Permutation:
         TransformError: A row is not a permutation of 0 … size − 1.
     """
 
-    indices: Int[np.ndarray, "copies size"]
+    indices: Int[np.ndarray, "*copies size"]
 
     def __post_init__(self) -> None:
         indices = np.atleast_2d(np.asarray(self.indices, dtype=np.int64))
@@ -64,8 +64,8 @@ class LinearMap:
     Both may be rectangular. A two-dimensional matrix is read as one copy.
     """
 
-    into: Float[Tensor, "copies frame units"]
-    back: Float[Tensor, "copies units frame"]
+    into: Float[Tensor, "*copies frame units"]
+    back: Float[Tensor, "*copies units frame"]
 
     def __post_init__(self) -> None:
         into, back = (m.unsqueeze(0) if m.ndim == 2 else m for m in (self.into, self.back))

@@ -19,8 +19,11 @@ Spec = dict[str, list[tuple[str, int]]]
 State = Mapping[str, np.ndarray]
 Permutations = dict[str, np.ndarray]
 Batches = Sequence[tuple[Tensor, Tensor]]
+Watched = tuple[list[tuple[str, ...]], bool]
 
 GAIN = 1e-12
+VGG11 = (0, 3, 6, 8, 11, 13, 16, 18)
+VGG11_BN = (0, 4, 8, 11, 15, 18, 22, 25)
 
 
 def as_arrays(model: nn.Module) -> dict[str, np.ndarray]:
@@ -47,7 +50,7 @@ def mlp_spec(depth: int) -> Spec:
 
 def vgg11_spec(bn: bool) -> Spec:
     """`isthmus.models.VGG` of depth 11 on 32×32 images, where one pixel is left to flatten."""
-    convolutions = (0, 4, 8, 11, 15, 18, 22, 25) if bn else (0, 3, 6, 8, 11, 13, 16, 18)
+    convolutions = VGG11_BN if bn else VGG11
     layers = [*(f"features.{index}" for index in convolutions), "head"]
     spec: Spec = {}
     for index, (before, after) in enumerate(pairwise(layers)):
@@ -75,6 +78,39 @@ def resnet20_spec() -> Spec:
             stream += [(f"{path}.shortcut.0.weight", 0), *batch_norm(f"{path}.shortcut.1")]
     spec["stage2"].append(("head.weight", 1))
     return spec
+
+
+def mlp_watched(depth: int) -> dict[str, dict[str, Watched]]:
+    """Where the spaces of `mlp_spec` are read: by their consumers, and before the ReLU."""
+    layers = [*(f"hidden.{index}" for index in range(depth)), "head"]
+    return {
+        "post": {before: ([(after,)], True) for before, after in pairwise(layers)},
+        "pre": {layer: ([(layer,)], False) for layer in layers[:-1]},
+    }
+
+
+def vgg11_bn_watched() -> dict[str, dict[str, Watched]]:
+    """Where the spaces of `vgg11_spec` are read: behind ReLU and pooling, and before the ReLU."""
+    layers = [*(f"features.{index}" for index in VGG11_BN), "head"]
+    return {
+        "post": {before: ([(after,)], True) for before, after in pairwise(layers)},
+        "pre": {f"features.{index}": ([(f"features.{index + 1}",)], False) for index in VGG11_BN},
+    }
+
+
+def resnet20_watched() -> dict[str, dict[str, Watched]]:
+    """Where the spaces of `resnet20_spec` are read: a stream at each of its consumers, and before each of its ReLUs."""
+    post: dict[str, Watched] = {}
+    pre: dict[str, Watched] = {"stage0": ([("norm",)], False)}
+    for block in range(9):
+        stage, path = block // 3, f"blocks.{block}"
+        into = f"stage{stage - 1}" if block in (3, 6) else f"stage{stage}"
+        post.setdefault(into, ([], True))[0].append((f"{path}.conv1",))
+        post[f"inside{block}"] = ([(f"{path}.conv2",)], True)
+        pre[f"inside{block}"] = ([(f"{path}.norm1",)], False)
+        pre.setdefault(f"stage{stage}", ([], False))[0].append((f"{path}.norm2", f"{path}.shortcut"))
+    post["stage2"][0].append(("head",))
+    return {"post": post, "pre": pre}
 
 
 # Weight matching
@@ -178,36 +214,35 @@ def samples_of(value: Tensor, dim: int, units: int) -> np.ndarray:
 
 
 def activations(
-    model: nn.Module, batches: Iterable[Tensor], watched: Mapping[str, tuple[list[str], bool]], units: Mapping[str, int]
+    model: nn.Module, batches: Iterable[Tensor], watched: Mapping[str, Watched], units: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
     """All samples of every space, stacked.
 
     Args:
         model: In `eval()`.
         batches: Inputs.
-        watched: For every space the modules to watch, and whether their inputs (True) or outputs count.
+        watched: For every space the modules to watch, and whether their inputs (True) or outputs count; several names
+            together stand for the sum of their outputs.
         units: Units of every space. A tensor that several watched modules share counts once.
     """
     found: dict[str, list[np.ndarray]] = {space: [] for space in watched}
-    modules = dict(model.named_modules())
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+        for name, module in model.named_modules()
+    ]
     for batch in batches:
-        seen: dict[str, list[Tensor]] = {space: [] for space in watched}
-        handles = []
-        for space, (names, is_input) in watched.items():
-            for name in names:
-
-                def keep(module, inputs, output, values=seen[space], is_input=is_input):
-                    value = inputs[0] if is_input else output
-                    if not any(value is other for other in values):
-                        values.append(value)
-
-                handles.append(modules[name].register_forward_hook(keep))
         with torch.no_grad():
             model(batch)
-        for handle in handles:
-            handle.remove()
-        for space, values in seen.items():
+        for space, (places, is_input) in watched.items():
+            values: list[Tensor] = []
+            for names in places:
+                value = seen[names[0]][0] if is_input else sum((seen[name][1] for name in names[1:]), seen[names[0]][1])
+                if not any(value is other for other in values):
+                    values.append(value)
             found[space] += [samples_of(value, 1, units[space]) for value in values]
+    for handle in handles:
+        handle.remove()
     return {space: np.concatenate(rows) for space, rows in found.items()}
 
 

@@ -50,9 +50,9 @@ class ActivationMatching:
         transforms: list[dict[str, Transform]] = [identity_transforms(symmetry)]
         objective = 0.0
         for index in range(1, len(problem.models)):
-            assert moments is not None
             found: dict[str, Transform] = {}
             for root in roots_of(symmetry):
+                assert moments is not None
                 similarities = {}
                 for space in family_of(symmetry, root):
                     # What a space's children tell is summed up from them; its own reading would count them twice.

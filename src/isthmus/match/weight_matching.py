@@ -12,7 +12,7 @@ from isthmus.assignment import solve_laps
 from isthmus.errors import InputError
 from isthmus.match.base import Problem, State, identity_transforms
 from isthmus.match.families import family_of, paired_value, solve_family
-from isthmus.match.weight_objective import WeightObjective
+from isthmus.match.weight_objective import Spectra, WeightObjective
 from isthmus.progress import progress
 from isthmus.symmetry import Space, Symmetry
 from isthmus.transform import Alignment, Permutation, Transform, compose, move_state
@@ -221,10 +221,14 @@ def total_value(problem: Problem, transforms: Sequence[dict[str, Transform]]) ->
     """The objective and its upper bound, summed over all pairs of models."""
     value = bound = 0.0
     states = problem.states
+    spectra: dict[int, Spectra] = {}
     for first in range(len(states)):
         fixed = move_state(states[first], transforms[first], problem.symmetry)
         for second in range(first + 1, len(states)):
             objective = WeightObjective(problem.symmetry, fixed, states[second], problem.parameters)
+            for index in (first, second):
+                if index not in spectra:
+                    spectra[index] = objective.spectra(states[index])
             value += objective.value(transforms[second])
-            bound += objective.upper_bound()
+            bound += objective.upper_bound(spectra[first], spectra[second])
     return value, bound

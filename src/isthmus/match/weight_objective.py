@@ -2,9 +2,11 @@
 
 The objective is Σ_W ⟨W^A, π(W^B)⟩ over all trained tensors that some space touches. With all other spaces held, it is
 linear in one space's permutation: a sum of Gram matrices of A's and B's rows, one for each place where a tensor touches
-the space. Gram matrices are float32 products, kept until a space that they depend on moves; sums are float64.
+the space. Gram matrices are float32 products, kept until a space that they depend on moves; sums are float64. Features
+come before units in memory, those that another space moves first, so that applying its order copies whole rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +20,9 @@ from isthmus.match.families import Similarity, family_of, roots_of
 from isthmus.symmetry import Site, Space, Symmetry
 from isthmus.transform import Permutation, Transforms, move_site, site_length, site_order, to_front
 
+# Singular values of unfoldings, by tensor and by the site whose units are the rows.
+Spectra = dict[tuple[str, int], Tensor]
+
 # Relative slack of the upper bound: singular values come from eigenvalues, which squares the rounding of float64.
 BOUND_SLACK = 1e-6
 
@@ -29,18 +34,24 @@ class Term:
     Attributes:
         space: The space.
         site: Where the tensor touches it.
-        rows: A's numbers, one row a unit, over all copies.
-        others: Other spaces' sites that change B's rows: their order must be applied first.
+        first: Dimensions that come first in memory: each is moved by one of `others` alone. None if B's tensor has to
+            be moved as a whole.
+        others: Other spaces' sites that change B's features: their order must be applied first.
         chain: Sites of the spaces that this one is nested in, at the same place.
         coupled: Whether a space nested beside this one shares the place, so that pairs of copies cannot be compared.
+        fixed: A's numbers as `lay` puts them; None until asked for.
+        laid: B's numbers, not moved, in the same way; None until asked for.
+        gram: The Gram matrix at `versions`; None until asked for.
+        versions: What `gram` was made from.
     """
 
     space: Space
     site: Site
-    rows: Float[Tensor, "units features"]
+    first: tuple[int, ...] | None
     others: list[tuple[Space, Site]]
     chain: list[tuple[Space, Site]]
     coupled: bool
+    fixed: Tensor | None = None
     laid: Tensor | None = None
     gram: Similarity | None = None
     versions: tuple[int, ...] = ()
@@ -98,7 +109,9 @@ class WeightObjective:
                 others.append((other, place))
             elif not set(place.dims) <= set(site.dims) or meets:
                 others.append((other, place))
-        return Term(space, site, site_rows(self.fixed[name].float(), site), others, chain, coupled)
+        simple = all(len(place.dims) == 1 and place.dims[0] not in site.dims for _, place in others)
+        first = tuple(dict.fromkeys(place.dims[0] for _, place in others)) if simple else None
+        return Term(space, site, first, others, chain, coupled)
 
     def families(self) -> list[Space]:
         """The root spaces, in the symmetry's order."""
@@ -145,30 +158,31 @@ class WeightObjective:
     def _gram(self, term: Term, transforms: Transforms) -> Similarity:
         versions = tuple(self.version[self.root[other.name]] for other, _ in term.others)
         if term.gram is None or versions != term.versions:
-            term.gram = (term.rows @ self._moved_rows(term, transforms).T).cpu().numpy()
+            if term.fixed is None:
+                term.fixed = lay(self.fixed[term.site.parameter].float(), term.site, term.first or ())
+            features = term.fixed.flatten(0, -2)
+            term.gram = (features.T @ self._moved_features(term, transforms)).cpu().numpy()
             term.versions = versions
         return term.gram
 
-    def _moved_rows(self, term: Term, transforms: Transforms) -> Float[Tensor, "units features"]:
-        """B's rows at a term's site, other spaces' orders applied."""
-        tensor = self.moved[term.site.parameter].float()
-        simple = all(len(place.dims) == 1 and place.dims[0] not in term.site.dims for _, place in term.others)
-        if not simple:
+    def _moved_features(self, term: Term, transforms: Transforms) -> Float[Tensor, "features units"]:
+        """B's features at a term's site, other spaces' orders applied."""
+        tensor = self.moved[term.site.parameter]
+        if term.first is None:
+            tensor = tensor.float()
             for other, place in term.others:
                 tensor = move_site(tensor, place, transforms[other.name])
-            return site_rows(tensor, term.site)
+            return lay(tensor, term.site, ()).flatten(0, -2)
         if term.laid is None:
-            rest = [tensor.shape[d] for d in range(tensor.ndim) if d not in term.site.dims]
-            term.laid = site_rows(tensor, term.site).reshape(-1, term.site.positions.shape[2], *rest)
+            term.laid = lay(tensor.float(), term.site, term.first)
         laid = term.laid
-        remaining = [d for d in range(tensor.ndim) if d not in term.site.dims]
         for other, place in term.others:
             transform = transforms[other.name]
             assert isinstance(transform, Permutation)
             if not transform.is_identity:
                 order = site_order(place, transform.indices, site_length(tensor.shape, place))
-                laid = laid.index_select(2 + remaining.index(place.dims[0]), torch.from_numpy(order).to(laid.device))
-        return laid.reshape(len(laid), -1)
+                laid = laid.index_select(term.first.index(place.dims[0]), torch.from_numpy(order).to(laid.device))
+        return laid.flatten(0, -2)
 
     def inner_similarity(self, space: Space, transforms: Transforms) -> Float[np.ndarray, "copies size size"]:
         """Similarity of units inside each pair of copies that face each other now, every other space in place."""
@@ -178,7 +192,8 @@ class WeightObjective:
             for other, place in [*term.chain, *term.others]:
                 tensor = move_site(tensor, place, transforms[other.name])
             shape = (space.copies, space.size, -1)
-            a, b = term.rows.reshape(shape), site_rows(tensor, term.site).reshape(shape)
+            a = site_rows(self.fixed[term.site.parameter].float(), term.site).reshape(shape)
+            b = site_rows(tensor, term.site).reshape(shape)
             total += torch.bmm(a, b.transpose(1, 2)).cpu().numpy()
         return total
 
@@ -194,13 +209,30 @@ class WeightObjective:
             total += float((self.fixed[name].double() * tensor.double()).sum())
         return total
 
-    def upper_bound(self) -> float:
+    def spectra(self, state: State) -> Spectra:
+        """Singular values of every unfolding whose rows a space permutes; no permutation changes them."""
+        found: Spectra = {}
+        for name, sites in self.tensors.items():
+            tensor = state[name].double()
+            for index, (space, place) in enumerate(sites):
+                transposed = tensor.ndim == 2 and any(key[0] == name for key in found)
+                if len(sites) > 1 and tensor.ndim > 1 and not transposed and self._unfolds(name, space, place):
+                    found[name, index] = singular_values(site_rows(tensor, place))
+        return found
+
+    def upper_bound(self, fixed: Spectra | None = None, moved: Spectra | None = None) -> float:
         """A bound that no permutations exceed.
 
         Tensors that a single un-nested space touches are bounded, space by space, by their exact optimum. Every other
         tensor is bounded by Σ s_i^A s_i^B of an unfolding whose rows the space permutes (von Neumann's trace
         inequality), or by Cauchy and Schwarz where no unfolding is covered.
+
+        Args:
+            fixed: A's `spectra`, where they are known already.
+            moved: B's.
         """
+        fixed = self.spectra(self.fixed) if fixed is None else fixed
+        moved = self.spectra(self.moved) if moved is None else moved
         total = 0.0
         single: dict[str, Similarity] = {}
         for name, sites in self.tensors.items():
@@ -211,12 +243,8 @@ class WeightObjective:
                 gram = (site_rows(a, site) @ site_rows(b, site).T).cpu().numpy()
                 single[space.name] = single.get(space.name, 0.0) + gram
                 continue
-            bounds = [float(a.norm() * b.norm())]
-            for space, place in sites:
-                if a.ndim > 1 and self._unfolds(name, space, place):
-                    left, right = singular_values(site_rows(a, place)), singular_values(site_rows(b, place))
-                    bounds.append(float((left * right).sum()))
-            total += min(bounds)
+            bounds = [float((fixed[key] * moved[key]).sum()) for key in fixed if key[0] == name]
+            total += min([float(a.norm() * b.norm()), *bounds])
         exact = sum(assignment_value(gram, solve_lap(gram)) for gram in single.values())
         return (total + exact) + BOUND_SLACK * abs(total + exact)
 
@@ -237,11 +265,27 @@ def singular_values(rows: Float[Tensor, "units features"]) -> Float[Tensor, " va
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
 
 
+def lay(tensor: Tensor, site: Site, first: Sequence[int]) -> Float[Tensor, "... units"]:
+    """A tensor's numbers at a site: dimensions `first`, a unit's places, all other dimensions, and last the units.
+
+    Contiguous in memory, so that an order along one of the first dimensions moves whole rows. Units are those of all
+    copies.
+    """
+    rest = [d for d in range(tensor.ndim) if d not in site.dims]
+    shape = [tensor.shape[d] for d in rest]
+    rows = site_rows(tensor, site).reshape(-1, site.positions.shape[2], *shape)
+    later = [d for d in rest if d not in first]
+    order = [*(2 + rest.index(d) for d in first), 1, *(2 + rest.index(d) for d in later), 0]
+    return rows.permute(order).contiguous()
+
+
 def site_rows(tensor: Tensor, site: Site) -> Float[Tensor, "units features"]:
     """A tensor's numbers at a site, one row a unit, over all copies."""
     copies, size, _ = site.positions.shape
-    where = torch.from_numpy(site.positions.reshape(-1)).to(tensor.device)
-    return to_front(tensor, site.dims).index_select(0, where).reshape(copies * size, -1)
+    flat, where = to_front(tensor, site.dims), site.positions.reshape(-1)
+    if not np.array_equal(where, np.arange(len(flat))):
+        flat = flat.index_select(0, torch.from_numpy(where).to(tensor.device))
+    return flat.reshape(copies * size, -1)
 
 
 def ancestors(symmetry: Symmetry, space: Space) -> set[str]:

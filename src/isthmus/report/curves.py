@@ -20,8 +20,8 @@ KINDS = ("naive", "aligned")  # drawn in this order: the aligned curve lies on t
 LABELS = {"naive": "without alignment", "aligned": "aligned"}
 MARKERS = {"naive": "s", "aligned": "o"}  # so that the curves differ without colour, too
 MOST_MARKERS = 25
-# Raw losses may be many times the mended ones; the picture shows up to this multiple of those.
-HEADROOM = 2.5
+# Raw losses may be many times the mended ones. From FAR times on, they leave the picture at HEADROOM times.
+FAR, HEADROOM = 4.0, 2.5
 # A rise below this share of the axis is not written into the picture.
 SMALLEST_RISE = 0.03
 # From this share on, its figure fits between the curve and the straight line.
@@ -55,11 +55,11 @@ def draw_curve(report: Mapping[str, Any], kind: str = "svg", *, pair: int = 0, d
     if kind == "png":
         return _picture(curves[pair], DARK if dark else LIGHT, "png")
     text = _follow_page(_picture(curves[pair], STAND_INS, "svg").decode(), f"pair{pair}")
-    style = (
-        f"svg {{ {css_variables(LIGHT)} }} @media (prefers-color-scheme: dark) {{ svg {{ {css_variables(DARK)} }} }}"
-    )
-    start = text.index(">", text.index("<svg")) + 1
-    return f"{text[:start]}<style>{style}</style>{text[start:]}".encode()
+    words = " ".join(describe(curves[pair], panel) for panel in panels_of(curves[pair]))
+    light, night = css_variables(LIGHT), css_variables(DARK)
+    style = f"<style>svg {{ {light} }} @media (prefers-color-scheme: dark) {{ svg {{ {night} }} }}</style>"
+    start, end = text.index("<svg") + 4, text.index(">", text.index("<svg")) + 1
+    return f'{text[:start]} role="img" aria-label="{escape(words)}"{text[start:end]}{style}{text[end:]}'.encode()
 
 
 def panels_of(curves: Mapping[str, Any]) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ def draw_panel(curves: Mapping[str, Any], panel: str, key: str) -> str:
 
 def describe(curves: Mapping[str, Any], panel: str) -> str:
     """The panel in words, for those who do not see it."""
-    first, second = (index + 1 for index in curves["models"])
+    first, second = curves.get("models") or (0, 1)
     parts = [f"{panel.capitalize()} along the straight line from model {first} to model {second}."]
     for kind in reversed(KINDS):
         lambdas, values = series(curves, kind, panel)
@@ -118,16 +118,14 @@ def series(
     return [float(x) for x in lambdas], [finite(value) for value in values]
 
 
-def highest(curves: Mapping[str, Any]) -> float:
-    """Where the loss axis ends at most."""
-    mended = [y for kind in KINDS for y in series(curves, kind, "loss")[1] if y is not None]
-    return HEADROOM * max(mended, default=0.0)
-
-
-def leaves_picture(curves: Mapping[str, Any]) -> bool:
-    """Whether a raw loss lies above the end of the axis."""
-    raw = [y for kind in KINDS for y in series(curves, kind, "loss", raw=True)[1] if y is not None]
-    return max(raw, default=0.0) > highest(curves) > 0
+def leaves_picture(curves: Mapping[str, Any]) -> float | None:
+    """The end of the loss axis if a raw loss lies far above the mended ones, else None."""
+    raw, mended = (
+        [y for kind in KINDS for y in series(curves, kind, "loss", raw=raw)[1] if y is not None]
+        for raw in (True, False)
+    )
+    top = max(mended, default=0.0)
+    return HEADROOM * top if max(raw, default=0.0) > FAR * top > 0 else None
 
 
 def _picture(curves: Mapping[str, Any], colours: Mapping[str, str], kind: str) -> bytes:
@@ -210,7 +208,7 @@ def _fill_panel(axes: "Axes", curves: Mapping[str, Any], panel: str, colours: Ma
     import numpy as np
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    first, second = (index + 1 for index in curves["models"])
+    first, second = curves.get("models") or (0, 1)
     axes.set_title("Loss" if panel == "loss" else "Accuracy", color=colours["text"], pad=8)
     axes.set_xlabel(f"λ from model {first} to model {second}")
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
@@ -276,7 +274,6 @@ def _limit(axes: "Axes", curves: Mapping[str, Any], panel: str) -> None:
         span = max(high - low, 0.02)
         axes.set_ylim(max(low - 0.1 * span, -0.02), min(high + 0.04 * span, 1.02))
         return
-    low, high = min(low, 0.0) if low < -0.05 * high else 0.0, high + 0.08 * (high - low)
-    if leaves_picture(curves):
-        high = highest(curves)
-    axes.set_ylim(low, high if high > low else low + 1.0)
+    end = leaves_picture(curves) or high + 0.08 * (high - low)
+    start = min(low, 0.0) if low < -0.05 * high else 0.0
+    axes.set_ylim(start, end if end > start else start + 1.0)

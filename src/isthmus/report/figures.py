@@ -25,8 +25,10 @@ def clean(value: Any, longest: int = LONGEST) -> Any:
     Names come from files that nobody vouches for; escaping is the template's task.
     """
     if isinstance(value, str):
-        line = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value)
-        return line if len(line) <= longest else line[:longest] + "…"
+        cut = value[:longest] + "…" if len(value) > longest else value
+        if cut.isprintable():
+            return cut
+        return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in cut)
     if isinstance(value, dict):
         long = ("command", "verdict")
         return Facts({clean(key): clean(item, 10_000 if key in long else longest) for key, item in value.items()})
@@ -137,8 +139,3 @@ MONTHS = (
 def plural(count: int, one: str, many: str | None = None) -> str:
     """A count and its noun: 1 axis, 3 axes."""
     return f"{whole(count)} {one if count == 1 else many or one + 's'}"
-
-
-def listed(words: list[str]) -> str:
-    """The words as a phrase: a, b and c."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""

@@ -1,47 +1,23 @@
-"""The page of a run: sections, each a function that picks the facts from report.json and a template that shows them.
-
-To add a section, write `sections/NAME.html.jinja` and a function that returns what it needs (None leaves the section
-out), and add one line to `SECTIONS`.
-"""
+"""The page of a run: one self-contained HTML file, written from `report.json`."""
 
 import base64
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from isthmus.checkpoint import write_text
 from isthmus.errors import CheckpointError
-from isthmus.report import curves, figures
+from isthmus.report import figures
 from isthmus.report.colours import DARK, LIGHT, css_variables
-
-Report = Mapping[str, Any]
+from isthmus.report.sections import SECTIONS, Report, opening
 
 NEEDED = ("isthmus", "models", "method", "symmetry", "verdict")
-# So that no network makes a page that a browser cannot hold; what is left out is said, and is in report.json.
-MOST_ROWS = 1000
-MOST_SITES = 20_000
-MOST_PICTURES = 12
-OPEN_PICTURES = 3
-MOVED_COLUMNS = 4
-
-REPAIRS = {
-    "reset": "BatchNorm statistics measured again",
-    "repair": "REPAIR: the parents' mean and spread of every unit restored",
-}
-GROUPS = {
-    "permutation": "units may be reordered",
-    "orthogonal fixing ones": "units may be rotated around the vector of ones",
-    "orthogonal": "units may be rotated and reflected",
-    "invertible": "units may be mixed by any invertible matrix",
-}
 
 
 def write_report(folder: Path) -> Path:
@@ -73,7 +49,7 @@ def read_report(path: Path) -> dict[str, Any]:
         CheckpointError: It is missing, damaged or no report.
     """
     try:
-        report = json.loads(path.read_bytes())
+        report = figures.clean(json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         cause = figures.clean(f"{type(error).__name__}: {error}")
         raise CheckpointError(f"cannot read {str(path)!r} ({cause}); name the folder of a finished run") from error
@@ -82,7 +58,7 @@ def read_report(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{str(path)!r} is no report of a run: it lacks {', '.join(missing)}; run the merge again"
         )
-    return figures.clean(report)
+    return report
 
 
 def render(report: Report) -> str:
@@ -92,7 +68,7 @@ def render(report: Report) -> str:
     for section in SECTIONS:
         facts = section.facts(report)
         if facts is not None:
-            template = environment.get_template(f"sections/{section.name}.html.jinja")
+            template = environment.get_template(f"{section.name}.html.jinja")
             sections.append((section.name, section.title, Markup(template.render(facts))))
     script = _source("page.js")
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
@@ -109,385 +85,8 @@ def render(report: Report) -> str:
     )
 
 
-# ---- sections
-
-
-def opening(report: Report) -> dict[str, Any]:
-    """The head of the page: what was merged, the verdict, and the four figures behind it."""
-    models, method = len(report["models"]), report["method"]["name"]
-    network = f"× {report['model']}" if report.get("model") else "networks"
-    tiles = [_merged_tile(report), _naive_tile(report), _barrier_tile(report), _proof_tile(report)]
-    return {
-        "title": f"{models} {network}, {method}",
-        "heading": f"{models} {network}",
-        "deed": "aligned" if _only_aligned(report) else "merged",
-        "method": method,
-        "created": report.get("created"),
-        "version": report["isthmus"],
-        "verdict": report["verdict"].replace(" %", f"{figures.NARROW}%"),
-        "tiles": [tile for tile in tiles if tile],
-        "unproved": report.get("proof") is None,
-    }
-
-
-class Tile(NamedTuple):
-    """One key figure: what it is, the figure, and a line to compare it with."""
-
-    name: str
-    figure: str
-    note: str
-    alarming: bool = False
-
-
-def _merged_tile(report: Report) -> Tile | None:
-    scores = report.get("scores") or {}
-    merged = scores.get("merged")
-    if merged is None:
-        return None
-    parents = [parent for parent in scores.get("parents") or [] if parent]
-    quantity, say = _headline(scores)
-    known = sorted(value for parent in parents if (value := figures.finite(parent.get(quantity))) is not None)
-    texts = [say(value) for value in (known[:1] + known[-1:])]
-    note = Markup("parents {}").format(Markup(" to ").join(dict.fromkeys(texts))) if texts else ""
-    return Tile(f"Merged {quantity}", say(merged.get(quantity)), note)
-
-
-def _naive_tile(report: Report) -> Tile | None:
-    scores = report.get("scores") or {}
-    quantity, say = _headline(scores)
-    mended = bool(report.get("repair")) and scores.get("naive_mended") is not None
-    score = scores.get("naive_mended" if mended else "naive")
-    if score is None:
-        return None
-    return Tile(
-        "Without alignment",
-        say(score.get(quantity)),
-        "averaged as they are, same repair" if mended else "averaged as they are",
-    )
-
-
-def _barrier_tile(report: Report) -> Tile | None:
-    pairs = report.get("curves") or []
-    aligned = [value for pair in pairs if (value := _figure(pair, "aligned", "barrier")) is not None]
-    naive = [value for pair in pairs if (value := _figure(pair, "naive", "barrier")) is not None]
-    if not aligned:
-        return None
-    note = f"without alignment {figures.decimal(max(naive), 2)}" if naive else ""
-    name = "Loss barrier" if len(pairs) == 1 else f"Largest loss barrier of {len(pairs)}"
-    return Tile(name, figures.decimal(max(aligned), 2), note)
-
-
-def _proof_tile(report: Report) -> Tile:
-    units = _free_units(report)
-    noun = "free unit" if units == 1 else "free units"
-    if report.get("proof") is None:
-        return Tile("Symmetry", "not proved", f"{figures.whole(units)} {noun} taken on trust", alarming=True)
-    error = figures.power(report["proof"].get("max_error"))
-    return Tile("Symmetry", "proved", Markup("{} {}, error {}").format(figures.whole(units), noun, error))
-
-
-def _headline(scores: Report) -> tuple[str, Callable[[Any], str]]:
-    """Accuracy where the merged network has one, else loss; and how it is written."""
-    merged = scores.get("merged") or {}
-    if figures.finite(merged.get("accuracy")) is None:
-        return "loss", figures.decimal
-    digits = _digits(merged.get("count"))
-    return "accuracy", lambda value: figures.percent(value, digits)
-
-
-def _digits(count: Any) -> int:
-    """Decimals of a percentage of `count` samples: no more than one sample can move."""
-    return 2 if (figures.finite(count) or 0) >= 2000 else 1
-
-
-def scores(report: Report) -> dict[str, Any] | None:
-    """Loss and accuracy of parents, references and the merged network."""
-    if _only_aligned(report):
-        return None
-    found = report.get("scores") or {}
-    mended = REPAIRS.get(report.get("repair") or "", report.get("repair") or "")
-    if found.get("naive_mended") is None:
-        mended = ""  # there was nothing to mend
-    parents = found.get("parents") or []
-    models = [_basename(model) for model in report["models"]]
-    average = (report.get("average") or {}).get("name")
-    averaged = "averaged" if average in (None, "mean") else f"combined by {average}"
-    rows = [
-        (f"Parent {index + 1}", models[index] if index < len(models) else "", score, "parent")
-        for index, score in enumerate(parents)
-    ]
-    merged_note = f"aligned, {averaged}" + (", mended: " if mended else ": ") + "what this run wrote"
-    rows += [
-        (
-            "Ensemble",
-            f"mean of the parents’ outputs, at the cost of {len(models)} networks",
-            found.get("ensemble"),
-            "reference",
-        ),
-        ("Naive", f"{averaged} as they are", found.get("naive"), "naive"),
-        ("Naive, mended", f"{averaged} as they are, then mended", found.get("naive_mended"), "naive"),
-        ("Aligned", f"aligned, {averaged}", found.get("aligned") if mended else None, "aligned"),
-        ("Merged", merged_note, found.get("merged"), "merged"),
-    ]
-    rows = [row for row in rows if row[2] is not None]
-    return {
-        "rows": rows,
-        "mended": mended,
-        "has_accuracy": any(figures.finite(row[2].get("accuracy")) is not None for row in rows),
-        "digits": _digits(rows[0][2].get("count")) if rows else 1,
-        "data": report.get("data"),
-    }
-
-
-def path(report: Report) -> dict[str, Any] | None:
-    """Loss and accuracy along the lines between the parents, drawn and as barriers."""
-    pairs = report.get("curves") or []
-    if _only_aligned(report) and not pairs:
-        return None
-    drawn = []
-    for index, pair in enumerate(pairs[:MOST_PICTURES]):
-        pictures = [Markup(curves.draw_panel(pair, panel, f"pair{index}{panel}")) for panel in curves.panels_of(pair)]
-        drawn.append({"name": _pair_name(pair), "pictures": pictures, "rows": _measured(pair)})
-    measures = ("barrier", "midpoint_barrier", "error_barrier", "midpoint_error_barrier")
-    barriers = [
-        (
-            _pair_name(pair),
-            [
-                (kind, curves.LABELS[kind], [_figure(pair, kind, name) for name in measures])
-                for kind in ("aligned", "naive")
-            ],
-        )
-        for pair in pairs
-    ]
-    return {
-        "pairs": drawn,
-        "open_pictures": OPEN_PICTURES,
-        "left_out": len(pairs) - len(drawn),
-        "many": len(pairs) > 1,
-        "barriers": [
-            (name, [row for row in rows if pair.get(row[0])])
-            for pair, (name, rows) in zip(pairs, barriers, strict=True)
-        ],
-        "has_error": any(row[2][2] is not None for _, rows in barriers for row in rows),
-        "has_raw": any((pair.get(kind) or {}).get("repair") for pair in pairs for kind in curves.KINDS),
-        "leaves": any(curves.leaves_picture(pair) for pair in pairs[:MOST_PICTURES]),
-        "has_data": report.get("data") is not None,
-        "models": len(report["models"]),
-        "data": report.get("data"),
-    }
-
-
-def _measured(pair: Report) -> list[tuple[float, list[tuple[float | None, float | None]]]]:
-    """The points behind a picture: λ, and loss and accuracy of the aligned and of the naive curve."""
-    table: dict[float, list[tuple[float | None, float | None]]] = {}
-    for column, kind in enumerate(("aligned", "naive")):
-        for place, panel in enumerate(curves.PANELS):
-            for x, value in zip(*curves.series(pair, kind, panel), strict=True):
-                row = table.setdefault(x, [(None, None), (None, None)])
-                loss, accuracy = row[column]
-                row[column] = (value, accuracy) if place == 0 else (loss, value)
-    return sorted(table.items())
-
-
-def symmetry(report: Report) -> dict[str, Any]:
-    """What was proved, and every space."""
-    found = report["symmetry"]
-    spaces = found.get("spaces") or []
-    models = len(report["models"])
-    return {
-        "proof": report.get("proof"),
-        "free_units": _free_units(report),
-        "moved_units": _moved_units(spaces),
-        "touched_share": figures.finite(found.get("moved_share")),
-        "spaces": spaces[:MOST_ROWS],
-        "left_out": max(0, len(spaces) - MOST_ROWS),
-        "most_sites": max(10, MOST_SITES // max(1, min(len(spaces), MOST_ROWS))),
-        "columns": _moved_columns(spaces, models),
-        "groups": [(name, GROUPS[name]) for name in GROUPS if any(space.get("group") == name for space in spaces)],
-        "models": models,
-    }
-
-
-class Column(NamedTuple):
-    """A column of shares of moved units: its heading, and the share of a space."""
-
-    name: str
-    share: Callable[[Report], float | None]
-
-
-def _moved_columns(spaces: Sequence[Report], models: int) -> list[Column]:
-    """A column for every model that moved, or the mean over them where they are many."""
-
-    def share(space: Report, index: int) -> float | None:
-        moved = space.get("moved") or []
-        return figures.finite(moved[index]) if index < len(moved) else None
-
-    moving = [index for index in range(models) if any(share(space, index) for space in spaces)]
-    if len(moving) <= MOVED_COLUMNS:
-        shown = moving or list(range(min(models, 2)))[-1:]
-        return [
-            Column(
-                "Moved" if models == 2 and len(shown) == 1 else f"Model {index + 1} moved",
-                lambda space, i=index: share(space, i),
-            )
-            for index in shown
-        ]
-
-    def mean(space: Report) -> float | None:
-        shares = [value for index in moving if (value := share(space, index)) is not None]
-        return sum(shares) / len(shares) if shares else None
-
-    return [Column(f"Moved, mean of {len(moving)} models", mean)]
-
-
-def frozen(report: Report) -> dict[str, Any] | None:
-    """What cannot move, by reason; what was lost to a missing rule comes first."""
-    axes = report["symmetry"].get("frozen") or []
-    untouched = report["symmetry"].get("untouched") or []
-    if not axes and not untouched:
-        return None
-    reasons: dict[tuple[bool, str], list[Report]] = {}
-    for axis in axes:
-        reasons.setdefault(
-            (axis.get("expected") is not False, str(axis.get("reason") or "no reason recorded")), []
-        ).append(axis)
-    groups, room = [], MOST_ROWS
-    for (expected, reason), members in sorted(
-        reasons.items(), key=lambda item: (item[0][0], -len(item[1]), item[0][1])
-    ):
-        groups.append(
-            {
-                "reason": reason,
-                "expected": expected,
-                "axes": len(members),
-                "units": sum(int(figures.finite(axis.get("units")) or 0) for axis in members),
-                "members": members[:room],
-                "left_out": len(members) - len(members[:room]),
-            }
-        )
-        room -= len(members[:room])
-    unexpected = [axis for axis in axes if axis.get("expected") is False]
-    return {
-        "groups": groups,
-        "unexpected": len(unexpected),
-        "operations": Counter(axis["operation"] for axis in unexpected if axis["operation"]).most_common(5),
-        "untouched": untouched[:MOST_ROWS],
-        "untouched_left_out": max(0, len(untouched) - MOST_ROWS),
-    }
-
-
-def matching(report: Report) -> dict[str, Any]:
-    """How the models were matched and averaged."""
-    method, average = report["method"], report.get("average")
-    objective, bound = figures.finite(method.get("objective")), figures.finite(method.get("upper_bound"))
-    return {
-        "method": method,
-        "options": _options(method.get("options")),
-        "details": _options(method.get("details")),
-        "ratio": objective / bound if objective is not None and bound else None,
-        "average": average,
-        "average_options": _options((average or {}).get("options")),
-        "coefficients": (average or {}).get("coefficients") or [],
-        "repair": report.get("repair"),
-        "mended": REPAIRS.get(report.get("repair") or ""),
-        "gained_biases": report.get("gained_biases") or [],
-    }
-
-
-def provenance(report: Report) -> dict[str, Any]:
-    """What is needed to run it again."""
-    return {
-        "report": report,
-        "models": report["models"],
-        "aligned": report.get("aligned") or [],
-        "data": report.get("data"),
-        "versions": [("isthmus", report["isthmus"]), *(report.get("versions") or {}).items()],
-    }
-
-
-class Section(NamedTuple):
-    """A section of the page: its id and template, its heading, and what picks its facts from the report."""
-
-    name: str
-    title: str
-    facts: Callable[[Report], dict[str, Any] | None]
-
-
-SECTIONS = (
-    Section("scores", "Scores", scores),
-    Section("path", "The path between the parents", path),
-    Section("symmetry", "Symmetry", symmetry),
-    Section("frozen", "What cannot move", frozen),
-    Section("matching", "Matching and averaging", matching),
-    Section("provenance", "Provenance", provenance),
-)
-
-
-# ---- helpers
-
-
-def _figure(pair: Report, kind: str, name: str) -> float | None:
-    """A barrier of one of a pair's curves."""
-    return figures.finite((pair.get(kind) or {}).get(name))
-
-
-def _only_aligned(report: Report) -> bool:
-    """Whether the run wrote its models moved into one frame, and merged nothing."""
-    return report.get("aligned") is not None
-
-
-def _moved_units(spaces: Sequence[Report]) -> float | None:
-    """The share of all units that moved, on average over the models that moved at all."""
-    sizes = [int(space["size"]) * int(space["copies"] or 1) for space in spaces]
-    columns = list(zip(*(space.get("moved") or [] for space in spaces), strict=False))
-    known = [[share for share in map(figures.finite, column) if share is not None] for column in columns]
-    moving = [shares for shares in known if len(shares) == len(sizes) and any(shares)]
-    if not moving:
-        return 0.0 if known and all(len(shares) == len(sizes) for shares in known) else None
-    total = sum(size * share for shares in moving for size, share in zip(sizes, shares, strict=True))
-    return total / sum(sizes) / len(moving)
-
-
-def _free_units(report: Report) -> int:
-    """Units that can move, as recorded or else counted over the spaces."""
-    known = figures.finite(report["symmetry"].get("free_units"))
-    spaces = report["symmetry"].get("spaces") or []
-    return (
-        round(known) if known is not None else sum(int(space["size"]) * int(space["copies"] or 1) for space in spaces)
-    )
-
-
-def _pair_name(pair: Report) -> str:
-    first, second = pair.get("models") or (0, 1)
-    return f"Models {first + 1} and {second + 1}"
-
-
-def _basename(model: Report) -> str:
-    return PurePosixPath(str(model.get("path") or "").replace("\\", "/")).name
-
-
-def _options(options: Any) -> list[tuple[str, str]]:
-    """Options or details as names and short texts."""
-    items = options.items() if isinstance(options, dict) else []
-    return [(str(name), _short(value)) for name, value in items]
-
-
-def _short(value: Any) -> str:
-    """A JSON value on one line, numbers to six digits, cut where it is long."""
-
-    def rounded(item: Any) -> Any:
-        if isinstance(item, float):
-            return float(f"{item:.6g}")
-        if isinstance(item, list):
-            return [rounded(each) for each in item]
-        return {key: rounded(each) for key, each in item.items()} if isinstance(item, dict) else item
-
-    text = value if isinstance(value, str) else json.dumps(rounded(value), ensure_ascii=False)
-    return figures.clean(text, 400)
-
-
 def _source(name: str) -> str:
-    return files("isthmus.report").joinpath(name).read_text("utf-8")
+    return (files("isthmus.report") / "templates" / name).read_text("utf-8")
 
 
 @cache
@@ -495,7 +94,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FunctionLoader(_source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    for name in ("decimal", "duration", "listed", "moment", "percent", "plural", "points", "power", "whole"):
+    for name in ("decimal", "duration", "moment", "percent", "plural", "points", "power", "whole"):
         environment.filters[name] = getattr(figures, name)
     environment.globals["ABSENT"] = figures.ABSENT
     return environment

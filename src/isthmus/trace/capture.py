@@ -1,6 +1,7 @@
 """Capture: a module and its inputs become one graph of operations, with the names of its tensors."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +96,8 @@ def capture(
         raise InputError("no example input: give trace one batch of inputs, as the model's forward takes them")
     structure = share_structure(model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on how to export, which nobody asked for
             exported = torch.export.export(structure, args, kwargs, strict=False)
     except Exception as error:  # torch.export raises many types; all of them mean that the graph cannot be had
         raise TraceError(f"the model cannot be captured: {first_line(error)}") from error

@@ -399,6 +399,15 @@ def determines(fine: Labels, coarse: Labels, distinct: int, size: int) -> bool:
     return len(np.unique((a + 1) * (size + 1) + (b + 1))) == distinct
 
 
+def one_to_one(units: Units, left: Labels, right: Labels) -> bool:
+    """Whether two layers tell the same positions apart, all of them."""
+    if left.shape != right.shape:
+        return False
+    a, b = units.find(left).ravel(), units.find(right).ravel()
+    pairs = np.unique(np.stack([a, b]), axis=1)
+    return bool((pairs != WILDCARD).all()) and pairs.shape[1] == len(np.unique(a)) == len(np.unique(b))
+
+
 def merge(units: Units, values: Sequence[Value]) -> Value:
     """The value of an elementwise operation: shapes broadcast, layers that meet are related."""
     shape = tuple(np.broadcast_shapes(*(value.shape for value in values)))
@@ -418,13 +427,19 @@ def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = F
     ndim = len(value.shape)
     gone = {d % ndim for d in dims} if ndim else set()
     kept = [d for d in range(ndim) if d not in gone]
-    freeze_entangled(units, value.layers, gone)
     layers: list[Labels] = []
     for layer in value.layers:
         touched = set(support(layer))
         if touched <= gone:
             continue
-        layers.append(reduce_layer(units, layer, sorted(gone)) if touched & gone else layer)
+        partners = entangled(units, layer, value.layers, gone)
+        if partners:
+            for one in (layer, *partners):
+                units.freeze(one, "a reduction over units that meet others in a pattern", expected=False)
+            places = tuple(1 if d in gone else size for d, size in enumerate(layer.shape))
+            layers.append(units.rigid(math.prod(places)).reshape(places))
+        else:
+            layers.append(reduce_layer(units, layer, sorted(gone)) if touched & gone else layer)
     if keepdim:
         shape = tuple(1 if d in gone else size for d, size in enumerate(value.shape))
     else:
@@ -433,27 +448,22 @@ def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = F
     return Value(shape, simplify(units, [layer for layer in layers if support(layer)]))
 
 
-def freeze_entangled(units: Units, layers: Sequence[Labels], gone: set[int]) -> None:
-    """Fixes units that share a reduction's axes with others and meet some of them at one place, some at another.
+def entangled(units: Units, layer: Labels, layers: Sequence[Labels], gone: set[int]) -> list[Labels]:
+    """The layers whose units meet those of `layer`, along a reduction's axes, some at one place and some at another.
 
     Each layer is reduced on its own. That is right where, place by place, the units of one layer meet all those of the
     other that they meet anywhere.
     """
-    for first in layers:
-        if not support(first) or set(support(first)) <= gone:
-            continue
-        for second in layers:
-            if second is not first and set(support(first)) & set(support(second)) & gone:
-                a, b = (units.find(x) for x in broadcast_to_support([first, second]))
-                if not meet_alike(a, b, places(np.broadcast_shapes(first.shape, second.shape), gone)):
-                    text = "a reduction over units that meet others in a pattern"
-                    units.freeze(np.concatenate([a, b]), text, expected=False)
-
-
-def places(shape: Sequence[int], gone: set[int]) -> Ids:
-    """For each position of `shape`, the number of the place that it is reduced to."""
-    kept = [1 if d in gone else size for d, size in enumerate(shape)]
-    return np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), shape).ravel()
+    found = []
+    for other in layers:
+        if other is not layer and set(support(layer)) & set(support(other)) & gone:
+            a, b = (units.find(x) for x in broadcast_to_support([layer, other]))
+            shape = np.broadcast_shapes(layer.shape, other.shape)
+            kept = [1 if d in gone else size for d, size in enumerate(shape)]
+            place = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), shape).ravel()
+            if not meet_alike(a, b, place):
+                found.append(other)
+    return found
 
 
 def meet_alike(a: Ids, b: Ids, place: Ids) -> bool:
@@ -493,7 +503,7 @@ def reduce_layer(units: Units, layer: Labels, dims: Sequence[int]) -> Labels:
             np.add.at(content, kept_index, scramble(label.astype(np.uint64)))
         _, index = np.unique(content, return_inverse=True)
         return compress(units.rigid(int(index.max()) + 1)[index].reshape(kept_shape))
-    pairs = np.unique(np.stack([label[known], kept_index[known]]), axis=1)
+    pairs, times = np.unique(np.stack([label[known], kept_index[known]]), axis=1, return_counts=True)
     ids, label_index = np.unique(pairs[0], return_inverse=True)
     places, place_index = np.unique(pairs[1], return_inverse=True)
     nodes = len(ids) + len(places)
@@ -503,6 +513,9 @@ def reduce_layer(units: Units, layer: Labels, dims: Sequence[int]) -> Labels:
     places_in = np.bincount(member[len(ids) :], minlength=count)
     component = member[label_index]
     complete = np.bincount(component, minlength=count) == labels_in * places_in
+    usual = np.zeros(len(ids), dtype=np.int64)
+    usual[label_index] = times
+    complete[component[times != usual[label_index]]] = False  # a unit counts more at one place than at another
     out = np.full(int(np.prod(kept_shape)), WILDCARD)
     place_component = member[len(ids) :]
     if not complete.all():

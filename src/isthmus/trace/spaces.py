@@ -1,5 +1,6 @@
 """From labels to spaces: which units can be exchanged, what is nested in what, and where each tensor touches them."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -398,9 +399,31 @@ def locate(
             continue
         slots.append(index)
         dims = support(index)
-        if dims:
-            found.append((dims, positions_of(solution, value, roots, index, dims, block), layer))
+        if not dims:
+            continue
+        positions = positions_of(solution, value, roots, index, dims, block)
+        while beyond := carried_along(solution, value, roots, positions, dims, block):
+            dims = tuple(sorted({*dims, *beyond}))
+            positions = positions_of(solution, value, roots, index, dims, block)
+        found.append((dims, positions, layer))
     return found
+
+
+def carried_along(
+    solution: Solution, value: Value, roots: Sequence[Labels], positions: Labels, dims: tuple[int, ...], block: int
+) -> set[int]:
+    """Further dimensions along which not all units of a space carry the same, so that these move with them."""
+    own = set(solution.ancestors(block))
+    for root in roots:
+        beyond = set(support(root)) - set(dims)
+        if beyond and beyond != set(support(root)):
+            shape = tuple(size if d in dims or d in beyond else 1 for d, size in enumerate(value.shape))
+            rest = np.broadcast_to(residual_ids(solution, root, own), shape)
+            rows = rest.transpose(moved_to_front(dims, len(shape))).reshape(-1, math.prod(shape[d] for d in beyond))
+            carried = rows[positions]
+            if not (carried == carried[:1, :1]).all():
+                return beyond
+    return set()
 
 
 def lookup(roots: Labels, table: "Mapping[int, int] | object") -> Labels:

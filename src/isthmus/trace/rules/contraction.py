@@ -1,6 +1,7 @@
 """Contractions: a product of two values, element by element, and a sum over the units they share."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -19,7 +20,7 @@ from isthmus.trace.labels import (
     unsqueeze,
     with_rigid,
 )
-from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, varying
+from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_sum, varying
 
 
 def contract(units: Units, left: Value, right: Value, dims: list[int]) -> Value:
@@ -28,13 +29,16 @@ def contract(units: Units, left: Value, right: Value, dims: list[int]) -> Value:
     gone = {d % ndim for d in dims}
     # Only in a product with a parameter is it known which factor moves by T and which by T⁻¹.
     one_parameter = (left.source is None) != (right.source is None)
-    for value in (left, right):
+    for value, other in ((left, right), (right, left)):
         offset = ndim - len(value.shape)
+        one_to_one = is_told_apart(units, other, ndim, gone)
         for layer in value.layers:
-            summed = {d + offset for d in support(layer)} & gone
+            along = {d + offset for d in support(layer)}
+            summed = along & gone
             if summed and not one_parameter:
                 units.limit(layer.ravel(), ORTHOGONAL_LEVEL)
-            if summed and not is_told_apart(units, right if value is left else left, ndim, gone):
+            # Units that are multiplied one by one cannot be mixed, nor can those that read the same number.
+            if along <= varying(other, ndim) - gone or (summed and not one_to_one):
                 units.limit(layer.ravel(), PERMUTATION_LEVEL)
             if value.source is None:
                 continue
@@ -72,10 +76,9 @@ def with_bias(units: Units, out: Value, bias: Value | None) -> Value:
     """The sum of a product and a bias; units along dimensions in which the bias does not vary all receive it alike."""
     if bias is None:
         return out
-    for layer in out.layers:
-        if not set(support(layer)) <= varying(bias, len(out.shape)):
-            units.limit(layer.ravel(), PERMUTATION_LEVEL)
-    return merge(units, [out, bias])
+    total = merge(units, [out, bias])
+    limit_sum(units, total, [out, bias])
+    return total
 
 
 def argument(node: fx.Node, index: int) -> object:
@@ -190,7 +193,7 @@ def addmm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return with_bias(tracing.units, matmul_aligned(tracing, left, right), named["self"])
 
 
-def einsum(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def einsum(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """Einstein sums of two operands without repeated or elided indices; others have no rule."""
     equation = a.equation.replace(" ", "")
     operands, arrow, result = equation.partition("->")

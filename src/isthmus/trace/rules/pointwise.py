@@ -1,12 +1,13 @@
 """Pointwise operations, which torch declares by a tag: labels that meet are related, nothing else happens."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from torch import fx
 
 from isthmus.trace.execute import Rule, Tracing, values_in
-from isthmus.trace.labels import Units, Value, compress, merge, support
+from isthmus.trace.labels import Units, Value, compress, lift, merge, one_to_one, support
 
 # Evidence levels: 0 says that only linear maps were seen, 3 that a unit is used as a single number.
 PERMUTATION_LEVEL = 3
@@ -29,11 +30,10 @@ def pointwise(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     out = merge(tracing.units, operands)
     name = str(getattr(node.target, "overloadpacket", node.target))
     if name in SUMS:
-        # A number, or a value that is the same for all units, moves under a change of basis.
         plain = [x for x in vars(a).values() if isinstance(x, int | float) and not isinstance(x, bool)]
-        constant = any(not value.layers for value in operands) or (len(operands) < 2 and any(plain))
-        if constant or not all(same_layout(out, value) for value in operands):
+        if len(operands) < 2 and any(plain):
             limit_value(tracing.units, out, PERMUTATION_LEVEL)
+        limit_sum(tracing.units, out, operands)
     elif name in PRODUCTS:
         for index, value in enumerate(operands):
             others = {d for other in operands[:index] + operands[index + 1 :] for d in varying(other, len(out.shape))}
@@ -53,9 +53,12 @@ def varying(value: Value, ndim: int) -> set[int]:
     return {d + offset for layer in value.layers for d in support(layer)}
 
 
-def same_layout(out: Value, value: Value) -> bool:
-    """Whether an operand carries labels along every dimension that the result does."""
-    return varying(out, len(out.shape)) == varying(value, len(out.shape))
+def limit_sum(units: Units, out: Value, operands: Sequence[Value]) -> None:
+    """Records that units are used one by one where an operand of a sum gives several of them the same number."""
+    for layer in out.layers:
+        for value in operands:
+            if not any(one_to_one(units, layer, lift(other, len(out.shape))) for other in value.layers):
+                units.limit(layer.ravel(), PERMUTATION_LEVEL)
 
 
 def unchanged(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:

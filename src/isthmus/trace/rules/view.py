@@ -35,7 +35,7 @@ def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
         }
         return op(*positional, **named)
 
-    results = [act(torch.from_numpy(layer).expand(x.shape)) for layer in x.layers]
+    results = [act(torch.from_numpy(np.require(layer, requirements="W")).expand(x.shape)) for layer in x.layers]
     shape_only = act(torch.empty(x.shape, device="meta"))
     if isinstance(shape_only, Tensor):
         return relabelled(tracing, x, shape_only, results)
