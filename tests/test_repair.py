@@ -288,6 +288,49 @@ def test_streams_that_are_normalised_where_they_are_read_are_repaired_there():
         torch.testing.assert_close(found_mean, mean, rtol=1e-4, atol=1e-4)
 
 
+class Branching(nn.Module):
+    """A convolution that is read as it is and normalised."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head((F.relu(self.norm(x)) + torch.tanh(x)).mean((2, 3)))
+
+
+def test_what_is_read_both_bare_and_normalised_is_repaired_twice():
+    models, merged, alignment, x = pair_of(Branching, (1, 8, 8))
+    mended = isthmus.repair(merged, [x], "repair", parents=models, alignment=alignment)
+    moved = [isthmus.apply(alignment, model, index) for index, model in enumerate(models)]
+    for layer in ("conv", "norm"):
+        parents = [oracle.statistics(parent, [x], layer) for parent in moved]
+        mean, deviation = (torch.stack(each).mean(0) for each in zip(*parents, strict=True))
+        found_mean, found_deviation = oracle.statistics(mended, [x], layer)
+        torch.testing.assert_close(found_deviation, deviation, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found_mean, mean, rtol=1e-5, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """A layer that is applied twice cannot take the scale of either place."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.head(F.relu(self.body(F.relu(self.body(x)))))
+
+
+def test_a_layer_that_is_applied_twice_is_left_alone():
+    models, merged, alignment, x = pair_of(Twice, (4,))
+    mended = isthmus.repair(merged, [x], "repair", parents=models, alignment=alignment)
+    assert torch.equal(mended.body.weight, merged.body.weight)
+    assert not torch.equal(mended.stem.weight, merged.stem.weight)
+
+
 class PlainNorm(nn.Module):
     """Normalisation without gains, which cannot be rescaled."""
 

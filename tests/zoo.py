@@ -521,6 +521,21 @@ class ConcatSameUnitsInterleaved(ConcatSameUnits):
         return self.head(torch.stack([x, torch.tanh(x)], 2).flatten(1))
 
 
+class ConcatThenSum(Net):
+    """Two branches are put side by side, then added: units move together, yet columns keep to their branch."""
+
+    spaces = (4,)
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.head, self.other = (nn.Linear(*sizes) for sizes in ((3, 4), (3, 4), (8, 2), (4, 2)))
+
+    def forward(self, x):
+        left, right = torch.tanh(self.left(x)), torch.tanh(self.right(x))
+        both = torch.cat([left, right], 1)
+        return self.other(left + right) + self.head(both)
+
+
 class PatchMerging(Net):
     """Four neighbours of a picture side by side: each channel stands at four places, in the norm and its consumer."""
 

@@ -440,7 +440,7 @@ def print_proof(proof: Mapping[str, Any] | None) -> None:
     silent = f"; no effect on the outputs: {', '.join(proof['no_ops'])}" if proof["no_ops"] else ""
     console.print(
         f"proved: random transforms of all spaces change the outputs by {proof['max_error']:.0e} at most "
-        f"(rounding explains {proof['tolerance']:.0e}), leaving out any tensor by {proof['weakest_control']:.0e} or more"
+        f"(rounding: {proof['tolerance']:.0e}), leaving one tensor out by {proof['weakest_control']:.0e} up"
         f"{escape(silent)}",
         style="green",
     )

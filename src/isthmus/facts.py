@@ -197,8 +197,8 @@ Parents, all of architecture `{recipe.architecture}`:
 {parents}
 
 Aligned by {spoken(recipe.align.method)}, averaged by {spoken(recipe.merge_method)}, statistics mended by
-{report["repair"] or "nothing"}. `recipe.yaml` holds every option; `isthmus merge recipe.yaml -o FOLDER` makes this model
-again.
+{report["repair"] or "nothing"}. `recipe.yaml` holds every option; `isthmus merge recipe.yaml -o FOLDER` makes
+this model again.
 {note}
 ## How to load it
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -19,6 +20,12 @@ EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 EVERY_NETWORK = pytest.mark.parametrize("name", [MLP, CNN, "GroupNormResidual", "Attention"])
 
 
+@cache
+def traced(name: str) -> isthmus.Symmetry:
+    model = STRUCTURES[name]().eval()
+    return isthmus.trace(model, model.inputs()[0][0])
+
+
 def case(name: str, count: int) -> tuple[list[nn.Module], isthmus.Symmetry, list]:
     """Several networks of one architecture, their symmetry, and labelled data."""
     if name not in STRUCTURES:
@@ -29,7 +36,7 @@ def case(name: str, count: int) -> tuple[list[nn.Module], isthmus.Symmetry, list
         models.append(STRUCTURES[name]().eval())
         stir(models[-1], seed)
     batches = [(models[0].inputs(samples=50, seed=seed)[0][0], torch.zeros(50).long()) for seed in range(2)]
-    return models, isthmus.trace(models[0], batches[0][0][:2]), batches
+    return models, traced(name), batches
 
 
 def align(method: str, models, sym, data, **options) -> isthmus.Alignment:

@@ -253,10 +253,8 @@ def test_inner_similarities_tell_the_change_of_the_objective(name):
     sym = isthmus.trace(a, *a.inputs()[0])
     objective = WeightObjective(sym, a.state_dict(), b.state_dict(), frozenset(dict(a.named_parameters())))
     rng = np.random.default_rng(0)
-    here = random_start(sym, rng)
-    for space in sym:
-        if sym.children(space):
-            continue
+    for space in [space for space in sym if not sym.children(space)] * 3:
+        here = random_start(sym, rng)
         move = Permutation.random(space, rng)
         inner = objective.inner_similarity(space, here)
         facing = [np.take_along_axis(inner, each.indices[:, :, None], 2).sum() for each in (move, here[space.name])]

@@ -326,6 +326,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(sorted(OPERATIONS)), st.integers(0, 2
 @example([("pad", 0, 1), ("convolution", 0, 3)])  # a border stands first in one group and last in another
 @example([("repeat", 0, 1), ("overwrite", 0, 1), ("flatten", 0, 1)])  # written over one of two equal halves
 @example([("outer", 0, 0), ("flatten", 0, 1)])  # the same two units, one way and the other
+@example([("concatenate", 0, 0), ("concatenate", 1, 0), ("flip and add", 0, 0)])  # three copies, in two orders
 @example([("flip and add", 0, 0), ("roll", 1, 0), ("linear", 0, 0)])
 def test_no_claim_about_a_random_program_is_refuted(steps):
     torch.manual_seed(0)

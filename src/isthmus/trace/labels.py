@@ -87,7 +87,8 @@ class Units:
         self._root = np.empty(0, dtype=np.int64)
         self._reason = np.empty(0, dtype=np.int64)  # index into reasons, or -1 where the unit can move
         self._axis = np.empty(0, dtype=np.int64)  # units made together; they are told apart wherever they meet
-        self._kin: dict[int, int] = {}  # axes of which units were united, each with a smaller one
+        self._side_by_side: list[Ids] = []  # units of several axes that were joined into one; these too are told apart
+        self._kin: dict[int, int] = {}  # axes of which units were united or joined, each with a smaller one
         self._known: set[tuple[tuple[int, ...], bytes]] = set()
         self._level = np.empty(0, dtype=np.int8)  # evidence against richer groups, see GROUPS in spaces.py
         self.contracted = np.empty(0, dtype=bool)
@@ -207,32 +208,47 @@ class Units:
                 text = "several units of one axis would be the same unit"
                 self.freeze(np.concatenate([left[strung], right[strung]]), text, expected=False)
             left, right = left[~strung], right[~strung]
+        self._become_kin(left, right)
+
+    def tell_apart(self, ids: Ids) -> None:
+        """Records that units of several axes stand side by side on one axis, where they must not become the same."""
+        ids = np.unique(ids[ids != WILDCARD])
+        if len(np.unique(self._axis[ids])) > 1:
+            self._side_by_side.append(ids)
+            self._become_kin(ids[:-1], ids[1:])
+
+    def _become_kin(self, left: Ids, right: Ids) -> None:
         for pair in np.unique(np.stack([self._axis[left], self._axis[right]], axis=1), axis=0).tolist():
             low, high = sorted(self._kind(axis) for axis in pair)
             if low != high:
                 self._kin[high] = low
 
     def _kind(self, axis: int) -> int:
-        """The first of the axes that an axis was united with."""
+        """The first of the axes that an axis is kin to."""
         while axis in self._kin:
             axis = self._kin[axis]
         return axis
 
     def _are_kin(self, left: Ids, right: Ids) -> Bool[np.ndarray, " _"]:
-        """Whether two units could already be united with units of one axis."""
+        """Whether two units could be united with units of one axis, or of axes that were joined."""
         axes, index = np.unique(self._axis[np.stack([left, right])], return_inverse=True)
         kinds = np.array([self._kind(axis) for axis in axes.tolist()])[index.reshape(2, -1)]
         return kinds[0] == kinds[1]
 
     def _clashes(self, ids: Ids, member: Ids, count: int) -> Bool[np.ndarray, " _"]:
         """For each of `count` components of representatives: whether two of them hold units of one axis."""
-        roots = self.find(np.arange(self.size))
-        where = np.minimum(np.searchsorted(ids, roots), len(ids) - 1)
-        held = np.flatnonzero(ids[where] == roots)
-        found = np.unique(np.stack([member[where[held]], self._axis[held], where[held]]), axis=1)
-        twice = (found[:2, 1:] == found[:2, :-1]).all(axis=0)
+        everything = np.arange(self.size)
         clash = np.zeros(count, dtype=bool)
-        clash[found[0, 1:][twice]] = True
+        for units, axes in (
+            (everything, self._axis[: self.size]),
+            *((x, np.zeros_like(x)) for x in self._side_by_side),
+        ):
+            roots = self.find(units)
+            where = np.minimum(np.searchsorted(ids, roots), len(ids) - 1)
+            held = np.flatnonzero(ids[where] == roots)
+            found = np.unique(np.stack([member[where[held]], axes[held], where[held]]), axis=1)
+            twice = (found[:2, 1:] == found[:2, :-1]).all(axis=0)
+            clash[found[0, 1:][twice]] = True
         return clash
 
     def _string(self, left: Ids, right: Ids) -> None:
@@ -642,6 +658,7 @@ def concatenate_layers(
     joined = np.concatenate(grown, axis=dim)
     seen = [np.unique(units.find(array.ravel())) for array in arrays]
     if sum(len(ids) for ids in seen) == len(np.unique(np.concatenate(seen))):
+        units.tell_apart(joined.ravel())
         return [joined]
     return [joined, parts_layer(units, lengths, dim, ndim)]
 
