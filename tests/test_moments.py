@@ -212,14 +212,25 @@ def test_models_and_data_are_left_as_they_were():
     assert_close(isthmus.collect(models[:1], None, [x])["body"], *naive(seen), tolerance=ROUNDING)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_models_are_read(dtype):
-    model = copy.deepcopy(trained(MLP, 0)).to(dtype)
-    read = isthmus.collect([model, trained(MLP, 0)], symmetry(MLP), data_of(MLP))
-    for space in symmetry(MLP):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("traced", [torch.float32, torch.bfloat16])
+def test_models_are_read_in_any_precision_whatever_was_traced(dtype, traced):
+    x = data_of(MLP)[0][0][:2]
+    sym = isthmus.trace(copy.deepcopy(trained(MLP, 0)).to(traced), x.to(traced))
+    read = isthmus.collect([copy.deepcopy(trained(MLP, 0)).to(dtype), trained(MLP, 0)], sym, data_of(MLP))
+    for space in sym:
         alive = read[space.name].deviation[1] > 0.1
         same = read[space.name].correlation(0, 1).diagonal()
         assert (same[alive] > 0.999).all()  # three decimal digits of precision
+
+
+def test_a_traced_model_may_change_its_precision():
+    model = copy.deepcopy(trained(MLP, 0))
+    sym = isthmus.trace(model, data_of(MLP)[0][0][:2])
+    read = isthmus.collect([model.double()], sym, data_of(MLP))
+    expected = isthmus.collect([trained(MLP, 0)], symmetry(MLP), data_of(MLP))
+    for space in sym:
+        torch.testing.assert_close(read[space.name].mean, expected[space.name].mean, rtol=1e-5, atol=1e-6)
 
 
 def test_where_no_consumer_is_seen_the_other_side_is_read():

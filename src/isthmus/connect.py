@@ -14,6 +14,7 @@ from isthmus.batches import check_data, read_batches
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.members import as_modules
 from isthmus.merge import upcast
+from isthmus.moments import first_float
 from isthmus.progress import progress
 from isthmus.repair import normalisation_layers, reset_statistics
 
@@ -169,8 +170,7 @@ def evaluate(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:
         ModelError: The outputs are no class scores and no `loss` was given.
     """
     modules = as_modules([model])
-    state = modules[0].state_dict()
-    reference = next(t for t in state.values() if t.is_floating_point())
+    reference = first_float(modules[0].state_dict())
     total, right, count, classes = 0.0, 0, 0, True
     for batch in read_batches(data):
         if batch.targets is None:

@@ -76,6 +76,22 @@ class Reader(fx.Interpreter):
             return self.run(*arguments, enable_io_processing=False)
 
 
+def program_for(program: Program, batch: Batch) -> Program:
+    """The graph for batches of that shape, whatever the precision and device of the model that it was captured from.
+
+    Raises:
+        TraceError: The graph is another one at this shape.
+    """
+    own = first_float(program.module.state_dict())
+    alike = batch.to(own.device, own.dtype)
+    return program.for_inputs(alike.args, alike.kwargs)
+
+
+def first_float(state: Mapping[str, Tensor]) -> Tensor:
+    """A tensor whose precision and device stand for those of a whole state."""
+    return next((tensor for tensor in state.values() if tensor.is_floating_point()), torch.zeros(()))
+
+
 @dataclass(frozen=True, eq=False)
 class SpaceMoments:
     """Moments of one space over all samples, read at the nodes that stand for it.
@@ -208,7 +224,7 @@ def collect(
         for node in read_at[space.name]:
             readings.setdefault(node, []).extend(readings_of(symmetry, space, graph.activations[node]))
     states = [dict(model.state_dict()) for model in modules]
-    references = [next((t for t in state.values() if t.is_floating_point()), torch.zeros(())) for state in states]
+    references = [first_float(state) for state in states]
     sums = {s.name: Accumulator(len(states), s.copies * s.size, references[0].device) for s in spaces}
     samples = 0
     for batch in progress(read_batches(data), "collecting activations", data):
@@ -216,7 +232,7 @@ def collect(
         for state, reference in zip(states, references, strict=True):
             own = batch.to(reference.device, reference.dtype).clone()
             observers = {node: observer(node, found, rows) for node, found in readings.items()}
-            Reader(graph.program.for_inputs(own.args, own.kwargs), observers).read(state, own)
+            Reader(program_for(graph.program, own), observers).read(state, own)
         for (node, index), values in rows.items():
             sums[readings[node][index].space].add(torch.cat(values, dim=1))
         samples += batch.size
@@ -314,7 +330,7 @@ def symmetry_of(model: nn.Module, symmetry: Symmetry | None, inputs: tuple[Any, 
         found = trace(model, *inputs)
     elif data is not None:
         batch = next(read_batches(data))
-        first = next((x for x in model.state_dict().values() if x.is_floating_point()), torch.zeros(()))
+        first = first_float(model.state_dict())
         batch = batch.head(2).to(first.device, first.dtype)
         found = trace(model, *batch.args, kwargs=batch.kwargs)
     if symmetry is None:

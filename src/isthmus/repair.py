@@ -19,7 +19,7 @@ from isthmus.batches import Batch, check_data, read_batches
 from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.members import as_modules
 from isthmus.merge import check_coefficients, variances_met
-from isthmus.moments import Reader, symmetry_of
+from isthmus.moments import Reader, first_float, program_for, symmetry_of
 from isthmus.progress import progress
 from isthmus.symmetry import Symmetry
 from isthmus.trace.capture import Program
@@ -102,11 +102,10 @@ def reset_statistics(model: nn.Module, data: Any, layers: Sequence[_BatchNorm] |
             layer.reset_running_stats()
             layer.momentum = None  # a cumulative average
             layer.train()
-        first = next(iter(model.state_dict().values()))
-        dtype = next(t.dtype for t in model.state_dict().values() if t.is_floating_point())
+        reference = first_float(model.state_dict())
         with torch.no_grad():
             for batch in progress(read_batches(data), "estimating statistics", data):
-                batch = batch.to(first.device, dtype).clone()
+                batch = batch.to(reference.device, reference.dtype).clone()
                 try:
                     model(*batch.args, **batch.kwargs)
                 except ValueError as error:  # what BatchNorm raises where it sees one value a channel
@@ -256,12 +255,11 @@ def scale_between(deviation: Tensor, target: Tensor) -> Tensor:
 def run(symmetry: Symmetry, state: Mapping[str, Tensor], data: Any, statistics: Statistics, what: str) -> None:
     """Runs the graph on all data with `statistics` watching."""
     program: Program = symmetry.program.program
-    reference = next(iter(state.values()))
-    dtype = next(t.dtype for t in state.values() if t.is_floating_point())
+    reference = first_float(state)
     for batch in progress(read_batches(data), what, data):
-        batch: Batch = batch.to(reference.device, dtype)
+        batch: Batch = batch.to(reference.device, reference.dtype)
         observers = {node: watching(statistics, node) for node in statistics.points}
-        Reader(program.for_inputs(batch.args, batch.kwargs), observers).read(state, batch.clone())
+        Reader(program_for(program, batch), observers).read(state, batch.clone())
 
 
 def watching(statistics: Statistics, node: str) -> Any:
