@@ -8,7 +8,8 @@ from torch import nn
 import isthmus
 from isthmus.batches import as_batch
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
-from isthmus.moments import CHUNK, Accumulator, Reader, SpaceMoments, require_samples
+from isthmus.moments import CHUNK, Accumulator, SpaceMoments, require_samples
+from isthmus.trace.reader import Reader
 from oracles import git_rebasin as oracle
 from pairs import MLP, NETWORKS, TRAINED, VGG_BN, data_of, fresh, inputs_of, lively, seen_by_hooks, symmetry, trained
 from refusals import refuses

@@ -1,7 +1,7 @@
 """Joins independently trained networks into one: trace, align, merge, repair, connect, explain."""
 
 from isthmus import average, match
-from isthmus.connect import Curve, Score, connect, evaluate
+from isthmus.connect import Curve, connect
 from isthmus.errors import (
     CheckpointError,
     DataError,
@@ -16,6 +16,7 @@ from isthmus.match import align
 from isthmus.merge import merge
 from isthmus.moments import Moments, collect
 from isthmus.repair import repair
+from isthmus.score import Score, evaluate
 from isthmus.symmetry import Frozen, Group, Site, Space, Symmetry
 from isthmus.trace import Proof, trace, verify
 from isthmus.transform import Alignment, LinearMap, Permutation, apply

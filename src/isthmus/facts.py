@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from isthmus.checkpoint import hash_file
-from isthmus.connect import Score
 from isthmus.inputs import Inputs
 from isthmus.recipe import Recipe
+from isthmus.score import Score
 from isthmus.symmetry import Symmetry
 from isthmus.trace import Proof
 from isthmus.transform import Alignment, Permutation, flat_indices

@@ -13,7 +13,7 @@ from torch import nn
 
 from isthmus.average import AVERAGES
 from isthmus.checkpoint import hash_file, load_state, new_folder, save_state, write_text
-from isthmus.connect import Ensemble, connect, evaluate
+from isthmus.connect import connect
 from isthmus.data import DataSet
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.facts import (
@@ -35,6 +35,7 @@ from isthmus.recipe import Recipe
 from isthmus.registry import configure
 from isthmus.repair import normalisation_layers, repair
 from isthmus.report import write_report
+from isthmus.score import Ensemble, evaluate
 from isthmus.symmetry import Symmetry
 from isthmus.trace import Proof, trace, verify
 from isthmus.transform import Alignment, apply

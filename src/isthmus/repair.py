@@ -19,10 +19,11 @@ from isthmus.batches import Batch, check_data, read_batches
 from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.members import as_modules
 from isthmus.merge import check_coefficients, variances_met
-from isthmus.moments import Reader, first_float, program_for, symmetry_of
+from isthmus.moments import symmetry_of
 from isthmus.progress import progress
 from isthmus.symmetry import Symmetry
 from isthmus.trace.capture import Program
+from isthmus.trace.reader import Reader, first_float, program_for
 from isthmus.transform import Alignment, move_state
 
 REPAIRS = ("reset", "repair")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.checkpoint import hash_file, save_state
-from isthmus.connect import evaluate
 from isthmus.data import load_data, split_for_models
 from isthmus.errors import CheckpointError, InputError
 from isthmus.registry import did_you_mean
+from isthmus.score import evaluate
 from isthmus.train import PRESETS, TrainOptions, train
 
 # The preset that suits a data set where the command names none.
