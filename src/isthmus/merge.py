@@ -70,7 +70,7 @@ def merge(
             for state, transforms in zip(states, alignment.transforms, strict=True)
         ]
     base_state = None if base is None else upcast(as_modules([base], modules[0])[0].state_dict())
-    merged = configured(Aligned(states, weights, modules[0], data, base_state, seed))
+    merged = configured(Aligned(states, weights, modules[0], data, base_state, seed, modules, alignment))
     merged |= {name: torch.ones_like(merged[name]) for name in undefined}
     return finish(modules[0], merged, needs_repair=bool(undefined))
 

@@ -91,7 +91,7 @@ class Recipe(Strict):
             if name is not None and name not in DTYPES:
                 raise InputError(f"no dtype {name!r}{did_you_mean(name, DTYPES)}: choose from {', '.join(DTYPES)}")
         for chosen in (method, average):
-            if chosen.needs in ("data", "labels", "gradients") and self.data is None:
+            if chosen.needs in ("data", "labels") and self.data is None:
                 raise InputError(f"{chosen.name} needs data: give --data NAME or --data FILE.npz")
             if chosen.needs == "base" and self.base_model is None:
                 raise InputError(f"{chosen.name} needs the models' common ancestor: give base_model")

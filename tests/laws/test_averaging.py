@@ -29,7 +29,7 @@ def test_every_entry_of_the_table_is_an_average_of_that_name():
     for name, average in AVERAGES.items():
         assert average.name == name
         assert isinstance(average(), Average)
-        assert average.needs in ("", "data", "labels", "base")
+        assert average().needs in ("", "data", "labels", "base")
 
 
 @EVERY_AVERAGE

@@ -106,7 +106,7 @@ def test_covariance_prefers_strong_units_where_correlation_does_not():
 def test_what_was_read_is_reported():
     models = [lively(MLP, seed) for seed in range(2)]
     found = isthmus.align(models, symmetry(MLP), ActivationMatching(at="pre"), data=data_of(MLP))
-    assert found.details == {"at": "pre", "similarity": "correlation", "samples": 400}
+    assert found.details == {"reference": 0, "pairs": [{"samples": 400}]}
 
 
 def test_every_model_is_matched_to_the_first():

@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from isthmus.transform import Alignment
+
 State = Mapping[str, Tensor]
 
 
@@ -20,6 +22,8 @@ class Aligned:
         data: Re-iterable batches, or None.
         base: The state of the models' common ancestor in the common frame, or None.
         seed: Seeds everything random.
+        models: The models as they were given, not moved; averages that run them use these.
+        alignment: What carried them into the common frame; None if they were not moved.
     """
 
     states: Sequence[State]
@@ -28,6 +32,8 @@ class Aligned:
     data: Any = None
     base: State | None = None
     seed: int = 0
+    models: Sequence[nn.Module] = ()
+    alignment: Alignment | None = None
 
 
 @runtime_checkable
@@ -40,7 +46,11 @@ class Average(Protocol):
     """
 
     name: ClassVar[str]
-    needs: ClassVar[str]
+
+    @property
+    def needs(self) -> str:
+        """What the average needs beside the states."""
+        ...
 
     def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
         """The averaged floating-point tensors."""

@@ -14,7 +14,11 @@ class Mean:
     """Σ c_m θ_m, tensor by tensor; sums are float64."""
 
     name: ClassVar[str] = "mean"
-    needs: ClassVar[str] = ""
+
+    @property
+    def needs(self) -> str:
+        """Nothing but the weights."""
+        return ""
 
     def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
         """The weighted mean of every floating-point tensor."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from isthmus.batches import check_data
-from isthmus.errors import DataError, InputError
+from isthmus.errors import InputError
 from isthmus.match.activation_matching import ActivationMatching
 from isthmus.match.base import Match, Problem
 from isthmus.match.identity import Identity
@@ -61,10 +61,9 @@ def align(
         raise InputError(f"method={method!r}: give a name in METHODS or a configured method, such as WeightMatching()")
     if seed < 0:
         raise InputError(f"seed={seed}: give 0 or more")
-    if configured.needs and data is None:
-        raise DataError(f"{configured.name} needs data: give data=, unlabelled batches are enough")
     if data is not None:
         check_data(data)
     modules = as_modules(models, module)
+    Problem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
     symmetry = symmetry_of(modules[0], symmetry, inputs, data)
     return configured(Problem(modules, symmetry, data, seed))

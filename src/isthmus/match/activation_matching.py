@@ -1,12 +1,12 @@
 """Activation matching: units are paired by how alike they respond to data."""
 
-import time
 from dataclasses import dataclass
 from typing import ClassVar
 
 from isthmus.errors import InputError
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import Problem
 from isthmus.match.families import family_of, paired_value, roots_of, solve_family
+from isthmus.match.many import Pair, all_to_one, check_reference
 from isthmus.transform import Alignment, Permutation, Transform
 
 
@@ -20,6 +20,8 @@ class ActivationMatching:
     Attributes:
         at: Read activations where consumers receive them (`"post"`) or where they enter a nonlinearity (`"pre"`).
         similarity: `"correlation"` or `"covariance"`.
+        reference: Three and more models: which one all others are matched to, `"first"`, `"best"` (the lowest loss on
+            the data, which needs labels) or `"medoid"` (the largest summed objective with all others).
 
     Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin, ICLR 2023, §3.1; Jordan et al., REPAIR, ICLR 2023, §2;
         Li et al., Convergent Learning, ICLR 2016.
@@ -27,30 +29,36 @@ class ActivationMatching:
 
     at: str = "post"
     similarity: str = "correlation"
+    reference: str = "first"
 
     name: ClassVar[str] = "activation_matching"
-    needs: ClassVar[str] = "data"
+    exact: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> str:
+        """Batches; with targets if the reference is the best model."""
+        return "labels" if self.reference == "best" else "data"
 
     def __post_init__(self) -> None:
         if self.at not in ("post", "pre"):
             raise InputError(f"at={self.at!r}: activations are read at 'post' or 'pre'")
         if self.similarity not in ("correlation", "covariance"):
             raise InputError(f"similarity={self.similarity!r}: use 'correlation' or 'covariance'")
+        check_reference(self.reference)
 
     def __call__(self, problem: Problem) -> Alignment:
-        """The alignment of every model to model 0; the objective is the summed similarity of all pairs.
+        """The alignment of every model to the reference; the objective is the summed similarity of all pairs.
 
         Raises:
             DataError: No data, or data that cannot be read.
             SymmetryError: A space can be read nowhere in the graph.
         """
-        start = time.perf_counter()
         symmetry = problem.symmetry
-        moments = problem.moments(self.at) if len(problem.models) > 1 and len(symmetry) else None
-        transforms: list[dict[str, Transform]] = [identity_transforms(symmetry)]
-        objective = 0.0
-        for index in range(1, len(problem.models)):
+
+        def match_pair(fixed: int, moved: int) -> Pair:
+            moments = problem.moments(self.at) if len(symmetry) else None
             found: dict[str, Transform] = {}
+            objective = 0.0
             for root in roots_of(symmetry):
                 assert moments is not None
                 similarities = {}
@@ -59,18 +67,12 @@ class ActivationMatching:
                     if not symmetry.children(space):
                         read = moments[space.name]
                         correlate = self.similarity == "correlation"
-                        pair = read.correlation(0, index) if correlate else read.between(0, index)
+                        pair = read.correlation(fixed, moved) if correlate else read.between(fixed, moved)
                         similarities[space.name] = pair.numpy()
                 solved = solve_family(symmetry, root, similarities)
                 found |= {name: Permutation(indices) for name, indices in solved.items()}
                 objective += paired_value(symmetry, root, similarities, found)
-            transforms.append(found)
-        return Alignment(
-            symmetry,
-            tuple(transforms),
-            method=self.name,
-            objective=objective,
-            upper_bound=objective,  # each space's assignment is solved exactly, and no space depends on another
-            seconds=time.perf_counter() - start,
-            details={"at": self.at, "similarity": self.similarity, "samples": moments.samples if moments else 0},
-        )
+            # Each space's assignment is solved exactly, and no space depends on another: the optimum is the bound.
+            return Pair(found, objective, objective, details={"samples": moments.samples if moments else 0})
+
+        return all_to_one(problem, self.name, match_pair, self.reference)

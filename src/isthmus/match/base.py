@@ -1,11 +1,13 @@
 """What every matching method is: a configured object that turns a problem into an alignment."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from isthmus.batches import is_labelled
+from isthmus.errors import DataError
 from isthmus.moments import Moments, collect
 from isthmus.symmetry import Symmetry
 from isthmus.transform import Alignment, Permutation, Transform
@@ -28,6 +30,7 @@ class Problem:
     symmetry: Symmetry
     data: Any = None
     seed: int = 0
+    _moments: dict[str, Moments] = field(default_factory=dict, repr=False)
 
     @property
     def states(self) -> list[State]:
@@ -40,12 +43,26 @@ class Problem:
         return frozenset(name for name, _ in self.models[0].named_parameters())
 
     def moments(self, at: str) -> Moments:
-        """Moments of the activations of all models on the data.
+        """Moments of the activations of all models on the data; read once for each place and kept.
 
         Raises:
             DataError: There is no data, or it cannot be read.
         """
-        return collect(self.models, self.symmetry, self.data, at=at)
+        if at not in self._moments:
+            self._moments[at] = collect(self.models, self.symmetry, self.data, at=at)
+        return self._moments[at]
+
+    def require(self, needs: str, who: str) -> None:
+        """Refuses to go on without what a method needs.
+
+        Raises:
+            DataError: There is no data, or it has no targets where they are needed.
+        """
+        if needs and self.data is None:
+            what = "batches (x, y) with targets" if needs == "labels" else "unlabelled batches are enough"
+            raise DataError(f"{who} needs data: give data=, {what}")
+        if needs == "labels" and not is_labelled(self.data):
+            raise DataError(f"{who} needs labels: give batches (x, y), not x alone")
 
 
 @runtime_checkable
@@ -54,11 +71,18 @@ class Match(Protocol):
 
     Attributes:
         name: The method's name in `METHODS`.
-        needs: What it needs beside the weights: `""`, `"data"`, `"labels"` or `"gradients"`.
+        exact: Whether all its transforms are permutations, so that every moved model keeps its function.
+        needs: What it needs beside the weights, which may depend on its options: `""`, `"data"` (batches; targets are
+            not used) or `"labels"` (batches with targets).
     """
 
     name: ClassVar[str]
-    needs: ClassVar[str]
+    exact: ClassVar[bool]
+
+    @property
+    def needs(self) -> str:
+        """What the method needs beside the weights."""
+        ...
 
     def __call__(self, problem: Problem) -> Alignment:
         """The alignment of all models of the problem; model 0 does not move unless the method says otherwise."""

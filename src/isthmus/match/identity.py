@@ -12,7 +12,12 @@ class Identity:
     """Leaves every model as it is: the naive average, which all methods are measured against."""
 
     name: ClassVar[str] = "identity"
-    needs: ClassVar[str] = ""
+    exact: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> str:
+        """Nothing but the weights."""
+        return ""
 
     def __call__(self, problem: Problem) -> Alignment:
         """The alignment that moves nothing."""

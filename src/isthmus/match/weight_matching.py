@@ -44,7 +44,12 @@ class WeightMatching:
     max_sweeps: int = 100
 
     name: ClassVar[str] = "weight_matching"
-    needs: ClassVar[str] = ""
+    exact: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> str:
+        """Nothing but the weights."""
+        return ""
 
     def __post_init__(self) -> None:
         if self.restarts < 1 or self.max_sweeps < 1:
