@@ -70,7 +70,9 @@ def merge(
             for state, transforms in zip(states, alignment.transforms, strict=True)
         ]
     base_state = None if base is None else upcast(as_modules([base], modules[0])[0].state_dict())
-    merged = configured(Aligned(states, weights, modules[0], data, base_state, seed, modules, alignment))
+    aligned = Aligned(states, weights, modules[0], data, base_state, seed, modules, alignment)
+    merged = configured(aligned)
+    undefined -= aligned.measured
     merged |= {name: torch.ones_like(merged[name]) for name in undefined}
     return finish(modules[0], merged, needs_repair=bool(undefined))
 

@@ -25,6 +25,16 @@ def assert_close(a: torch.nn.Module, b: torch.nn.Module) -> None:
         torch.testing.assert_close(tensor, b.state_dict()[key], rtol=1e-6, atol=1e-7)
 
 
+def assert_alike(average: str, name: str, a: torch.nn.Module, b: torch.nn.Module) -> None:
+    """Equal weights; where weights are fitted, equal functions on what they were fitted to."""
+    if average != "pleas":
+        return assert_close(a, b)
+    x = torch.cat([x for x, _ in data_of(name, samples=200)])
+    with torch.no_grad():  # the ridge is 1e-4 of the inputs' mean variance, and may bend what the data leaves open
+        torch.testing.assert_close(a(x), b(x), rtol=1e-3, atol=1e-3)
+    return None
+
+
 def test_every_entry_of_the_table_is_an_average_of_that_name():
     for name, average in AVERAGES.items():
         assert average.name == name
@@ -46,7 +56,7 @@ def test_the_average_of_one_model_is_that_model(name, average):
 @EVERY_NETWORK
 def test_the_average_of_copies_is_the_model(name, average):
     model = lively(name, 0)
-    assert_close(merge(average, name, [model, copy.deepcopy(model), model]), model)
+    assert_alike(average, name, merge(average, name, [model, copy.deepcopy(model), model]), model)
 
 
 @EVERY_AVERAGE
@@ -55,7 +65,7 @@ def test_the_order_of_the_models_does_not_matter(name, average):
     models = [lively(name, seed) for seed in range(3)]
     there = merge(average, name, models, coefficients=[1.0, 2.0, 3.0])
     back = merge(average, name, models[::-1], coefficients=[3.0, 2.0, 1.0])
-    assert_close(there, back)
+    assert_alike(average, name, there, back)
 
 
 @EVERY_AVERAGE

@@ -2,9 +2,11 @@
 
 from isthmus.average.base import Aligned, Average
 from isthmus.average.mean import Mean
+from isthmus.average.pleas import PLeaS
 
-__all__ = ["AVERAGES", "Aligned", "Average", "Mean"]
+__all__ = ["AVERAGES", "Aligned", "Average", "Mean", "PLeaS"]
 
 AVERAGES: dict[str, type[Average]] = {
     "mean": Mean,
+    "pleas": PLeaS,
 }

@@ -1,7 +1,7 @@
 """What every way of averaging is: a configured object that turns aligned states into one state."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class Aligned:
         seed: Seeds everything random.
         models: The models as they were given, not moved; averages that run them use these.
         alignment: What carried them into the common frame; None if they were not moved.
+        measured: Where an average notes the running statistics that it measured on the merged network itself.
     """
 
     states: Sequence[State]
@@ -34,6 +35,16 @@ class Aligned:
     seed: int = 0
     models: Sequence[nn.Module] = ()
     alignment: Alignment | None = None
+    measured: set[str] = field(default_factory=set)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the moved models compute what they did."""
+        return self.alignment is None or self.alignment.is_exact
+
+    def weights(self, name: str) -> Sequence[float]:
+        """One weight a model for the tensor of that name."""
+        return self.coefficients
 
 
 @runtime_checkable

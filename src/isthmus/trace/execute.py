@@ -41,7 +41,7 @@ class Contraction:
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """A normalisation by running statistics: its node, input node and tensors (None where absent)."""
+    """A normalisation by running statistics: its node, input node, tensors (None where absent) and ε."""
 
     node: str
     source: str
@@ -49,6 +49,7 @@ class BatchNorm:
     bias: str | None
     mean: str | None
     variance: str | None
+    epsilon: float
 
 
 @dataclass(eq=False)

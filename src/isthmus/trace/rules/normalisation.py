@@ -24,10 +24,10 @@ def batch_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Normalisation by a channel's statistics, stored or of the batch: elementwise along the channel axis."""
     x: Value = a.input
     tensors = [a.weight, a.bias, a.running_mean, a.running_var]
-    names = [tracing.source_of(argument(node, index)) for index in range(1, 5)]
+    weight, bias, mean, variance = (tracing.source_of(argument(node, index)) for index in range(1, 5))
     source = node.args[0]
     if isinstance(source, fx.Node):
-        tracing.batch_norms.append(BatchNorm(node.name, source.name, *names))
+        tracing.batch_norms.append(BatchNorm(node.name, source.name, weight, bias, mean, variance, a.eps))
     parts = [part for tensor in tensors for part in along(tensor, 1, len(x.shape))]
     use_batch = a.training if hasattr(a, "training") else getattr(a, "use_input_stats", False)
     if use_batch or a.running_mean is None:
