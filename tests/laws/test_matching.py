@@ -103,8 +103,12 @@ def test_the_way_round_is_no_way(name, method):
 @EVERY_NETWORK
 def test_copies_of_a_model_merge_into_it(name, method):
     (model,), sym, data = case(name, 1)
+    if not METHODS[method].exact:  # running variances are lost under a linear map: they are to come back from the data
+        model = isthmus.repair(model, data)
     copies = [model, copy.deepcopy(model), copy.deepcopy(model)]
     merged = isthmus.merge(copies, align(method, copies, sym, data))
+    if merged.needs_repair:
+        merged = isthmus.repair(merged, data)
     with torch.no_grad():  # units that are dead on the data tie, and may change places without being seen
         torch.testing.assert_close(merged(data[0][0]), model(data[0][0]), rtol=1e-5, atol=1e-5)
 

@@ -13,6 +13,7 @@ from isthmus.errors import InputError
 from isthmus.match.activation_matching import ActivationMatching
 from isthmus.match.base import Match, Problem
 from isthmus.match.identity import Identity
+from isthmus.match.subset_selection import SubsetSelection
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.members import as_modules
 from isthmus.moments import symmetry_of
@@ -20,12 +21,22 @@ from isthmus.registry import configure
 from isthmus.symmetry import Symmetry
 from isthmus.transform import Alignment
 
-__all__ = ["METHODS", "ActivationMatching", "Identity", "Match", "Problem", "WeightMatching", "align"]
+__all__ = [
+    "METHODS",
+    "ActivationMatching",
+    "Identity",
+    "Match",
+    "Problem",
+    "SubsetSelection",
+    "WeightMatching",
+    "align",
+]
 
 METHODS: dict[str, type[Match]] = {
     "identity": Identity,
     "weight_matching": WeightMatching,
     "activation_matching": ActivationMatching,
+    "subset_selection": SubsetSelection,
 }
 
 
