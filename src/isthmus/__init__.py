@@ -1,6 +1,7 @@
 """Joins independently trained networks into one: trace, align, merge, repair, connect, explain."""
 
 from isthmus import average, match
+from isthmus.compare import Comparison, Row, compare
 from isthmus.connect import Curve, connect
 from isthmus.errors import (
     CheckpointError,
@@ -24,6 +25,7 @@ from isthmus.transform import Alignment, LinearMap, Permutation, apply
 __all__ = [
     "Alignment",
     "CheckpointError",
+    "Comparison",
     "Curve",
     "DataError",
     "Frozen",
@@ -35,6 +37,7 @@ __all__ = [
     "Moments",
     "Permutation",
     "Proof",
+    "Row",
     "Score",
     "Site",
     "Space",
@@ -46,6 +49,7 @@ __all__ = [
     "apply",
     "average",
     "collect",
+    "compare",
     "connect",
     "evaluate",
     "match",

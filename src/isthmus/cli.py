@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -210,6 +211,63 @@ def connect(
 
 
 @app.command()
+def compare(
+    checkpoints: Annotated[list[str], typer.Argument(help="Two or more checkpoints of one architecture.")],
+    model: Model,
+    data: DataName = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for compare.json, table.md, compare.svg, compare.png.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Matching methods, separated by commas; all that the data allows by default.")
+    ] = None,
+    averages: Annotated[str | None, typer.Option(help="Averages, separated by commas: mean,pleas by default.")] = None,
+    repairs: Annotated[str | None, typer.Option(help="raw,reset,repair, or some of them.")] = None,
+    base: Annotated[str | None, typer.Option(help="The models' common ancestor, for averages that need it.")] = None,
+    data_dir: DataDir = None,
+    samples: Samples = 10_000,
+    split: Annotated[str, typer.Option(help="Score on test or train.")] = "test",
+    shape: Shape = None,
+    seed: Seed = 0,
+    force: Force = False,
+    no_verify: NoVerify = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge the same checkpoints in every way, and score each beside the parents and their ensemble."""
+    from isthmus.checkpoint import new_folder, write_text
+    from isthmus.facts import finite
+    from isthmus.pipeline import run_compare
+    from isthmus.report import draw_comparison
+
+    recipe = build_recipe(
+        checkpoints, model, "identity", {}, data, data_dir, samples, shape, seed, no_verify, repair=None,
+        base_model=base,
+    )  # fmt: skip
+
+    def run() -> dict[str, Any]:
+        return run_compare(
+            recipe, methods=parse_names(methods), averages=parse_names(averages), repairs=parse_names(repairs),
+            split=split,
+        )  # fmt: skip
+
+    if out is None:
+        report = run()
+    else:
+        with new_folder(out, force) as folder:
+            report = run()
+            write_text(folder / "compare.json", json.dumps(finite(report), indent=1))
+            write_text(folder / "table.md", report["table"])
+            for kind in ("svg", "png"):
+                (folder / f"compare.{kind}").write_bytes(draw_comparison(report["comparison"], kind))
+    if as_json:
+        return print_json(report)
+    print_comparison(report)
+    if out is not None:
+        console.print(f"written to {escape(str(out))}: table.md, compare.json, compare.svg, compare.png")
+    return None
+
+
+@app.command()
 def train(
     model: Annotated[str, typer.Argument(help="zoo:NAME?key=value, or package.module:factory?key=value.")],
     data: Annotated[str, typer.Option("--data", help="A data set's name, or FILE.npz.")],
@@ -296,6 +354,11 @@ def parse_value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def parse_names(text: str | None) -> list[str] | None:
+    """The names in a text such as `mean,pleas`."""
+    return None if text is None else [name.strip().replace("-", "_") for name in text.split(",") if name.strip()]
 
 
 def parse_shape(text: str | None) -> list[int] | None:
@@ -479,6 +542,41 @@ def print_scores(report: Mapping[str, Any]) -> None:
             accuracy = "–" if score["accuracy"] is None else f"{100 * score['accuracy']:.2f} %"
             table.add_row(name, accuracy, f"{score['loss']:.4f}", style="bold" if name == "merged model" else None)
     console.print(table)
+
+
+def print_comparison(report: Mapping[str, Any]) -> None:
+    """Prints every way of merging with its scores; the best accuracy (else loss) of all is bold."""
+    found = report["comparison"]
+    key, sign = ("accuracy", -1) if found["ensemble"]["accuracy"] is not None else ("loss", 1)
+    title = f"{report['data']['name']}, {report['split']} split"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("method", "average", "repair"):
+        table.add_column(column, no_wrap=True)
+    for column in ("accuracy", "loss", "barrier", "seconds", "MiB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    reference = [(f"parent {index}", score) for index, score in enumerate(found["parents"])]
+    for name, score in [*reference, ("ensemble", found["ensemble"])]:
+        table.add_row(name, "", "", spoken_share(score["accuracy"]), f"{score['loss']:.4f}", "", "", "", style="dim")
+    scored = [row[key] for row in found["rows"] if row[key] is not None]
+    best = min(scored, key=lambda value: sign * value, default=None)
+    for row in found["rows"]:
+        names = (row["method"], row["average"], row["repair"])
+        if row["note"]:
+            table.add_row(*names, "–", "–", "–", "–", "–", style="dim")
+            continue
+        memory = "–" if row["memory"] is None else f"{row['memory'] / 2**20:.0f}"
+        table.add_row(
+            *names, spoken_share(row["accuracy"]), f"{row['loss']:.4f}", f"{row['barrier']:+.4f}",
+            f"{row['seconds']:.1f}", memory, style="bold" if row[key] == best else None,
+        )  # fmt: skip
+    console.print(table)
+    for note in dict.fromkeys((row["method"], row["note"]) for row in found["rows"] if row["note"]):
+        console.print(f"{note[0]}: {escape(note[1])}", style="yellow")
+
+
+def spoken_share(value: float | None) -> str:
+    """A share in percent, or a dash."""
+    return "–" if value is None else f"{100 * value:.2f} %"
 
 
 def print_curves(report: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from isthmus.average import AVERAGES
 from isthmus.checkpoint import hash_file, load_state, new_folder, save_state, write_text
+from isthmus.compare import DEFAULT_AVERAGES, RAW, compare
 from isthmus.connect import connect
 from isthmus.data import DataSet
 from isthmus.errors import DataError, InputError, ModelError
@@ -33,7 +34,7 @@ from isthmus.merge import merge
 from isthmus.models import load_model
 from isthmus.recipe import Recipe
 from isthmus.registry import configure
-from isthmus.repair import normalisation_layers, repair
+from isthmus.repair import REPAIRS, normalisation_layers, repair
 from isthmus.report import write_report
 from isthmus.score import Ensemble, evaluate
 from isthmus.symmetry import Symmetry
@@ -244,6 +245,57 @@ def run_connect(recipe: Recipe, *, points: int = 11, split: str = "test", raw: b
         "free_units": symmetry.free_units,
         "split": split,
         "curves": [{"models": [0, 1], "naive": naive.to_dict(), "aligned": aligned.to_dict()}],
+    }
+
+
+def run_compare(
+    recipe: Recipe,
+    *,
+    methods: Sequence[str] | None = None,
+    averages: Sequence[str] | None = None,
+    repairs: Sequence[str] | None = None,
+    split: str = "test",
+) -> dict[str, Any]:
+    """Merges the recipe's models in every way asked for, and returns the scores of all.
+
+    Raises:
+        DataError: There is no data, or it does not fit.
+        InputError: An unknown method, average, repair or split.
+    """
+    recipe.check()
+    if split not in ("train", "test"):
+        raise InputError(f"split {split!r}: score on 'test' or 'train'")
+    if recipe.data is None:
+        raise DataError("comparing ways to merge measures each: give --data NAME or --data FILE.npz")
+    for kind, names, table in (("matching method", methods, METHODS), ("average", averages, AVERAGES)):
+        for name in names or ():
+            configure(kind, name, table)
+    inputs = load_inputs(recipe)
+    assert inputs.data is not None
+    assert inputs.calibration is not None
+    symmetry = trace(inputs.models[0], *inputs.example)
+    proof = verify(inputs.models[0], symmetry, *inputs.example, seed=recipe.seed) if recipe.verify else None
+    base = None if recipe.base_model is None else load_state(recipe.base_model)
+    start = time.perf_counter()
+    comparison = compare(
+        inputs.models,
+        inputs.data.test() if split == "test" else inputs.calibration,
+        inputs.calibration,
+        symmetry,
+        methods=methods,
+        averages=averages or DEFAULT_AVERAGES,
+        repairs=repairs or (RAW, *REPAIRS),
+        base=base,
+        seed=recipe.seed,
+    )
+    return {
+        **provenance(recipe, inputs, ""),
+        "proof": describe_proof(proof),
+        "free_units": symmetry.free_units,
+        "split": split,
+        "seconds": time.perf_counter() - start,
+        "comparison": comparison.to_dict(),
+        "table": comparison.to_markdown(),
     }
 
 

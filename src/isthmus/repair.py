@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from isthmus.batches import Batch, check_data, read_batches
 from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.members import as_modules
-from isthmus.merge import check_coefficients, variances_met
+from isthmus.merge import check_coefficients
 from isthmus.moments import symmetry_of
 from isthmus.progress import progress
 from isthmus.symmetry import Symmetry
@@ -60,7 +60,7 @@ def repair(
         DataError: No data, empty data, or data that can be read only once.
         InputError: Unknown method, or `"repair"` without parents or with another number of them than was aligned.
         ModelError: A bias is needed where the layer can hold none.
-        TransformError: `"repair"` where a linear map left parents' running variances undefined.
+        TransformError: `"repair"` after linear maps, under which moved parents do not compute what they did.
     """
     if method not in REPAIRS:
         raise InputError(f"repair method {method!r}: choose from {', '.join(REPAIRS)}")
@@ -153,9 +153,10 @@ def rescale(
     mended = copy.deepcopy(merged).eval()
     reset_statistics(mended, data)
     symmetry = symmetry_of(mended, alignment.symmetry if alignment else None, None, data)
-    if alignment is not None and any(variances_met(t, symmetry) for t in alignment.transforms):
+    if alignment is not None and not alignment.is_exact:
         raise TransformError(
-            "a linear map left the parents no running variance to be measured with: use method='reset'"
+            "REPAIR measures the moved parents, and under linear maps they do not compute what they did: use "
+            "method='reset'"
         )
     points = rescaling_points(symmetry)
     mended.gained_biases = []  # type: ignore[assignment]

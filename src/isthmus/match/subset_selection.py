@@ -243,19 +243,27 @@ def greedy_subset(
         wanted: Covariance of what is to be explained with the candidates.
         count: How many to choose; fewer are returned where nothing is left to explain.
     """
-    left, open_ = covariance.clone(), wanted.clone()
-    floor = SPANNED * left.diagonal().max()
+    # What the picks leave open is never formed as a whole: cov - lefts columnsᵀ and wanted - opens columnsᵀ.
+    targets, size = wanted.shape
+    lefts, columns = covariance.new_zeros(size, count), covariance.new_zeros(size, count)
+    opens = covariance.new_zeros(targets, count)
+    variance, explained = covariance.diagonal().clone(), wanted.square().sum(dim=0)
+    floor = SPANNED * variance.max()
     picks: list[int] = []
-    for _ in range(count):
-        variance = left.diagonal()
-        gain = torch.where(variance > floor, open_.square().sum(dim=0) / variance.clamp_min(floor), 0.0)
+    for step in range(count):
+        gain = torch.where(variance > floor, explained / variance.clamp_min(floor), 0.0)
+        gain[picks] = 0.0
         pick = int(gain.argmax())
         if not gain[pick] > 0:
             break
+        left = covariance[:, pick] - lefts[:, :step] @ columns[pick, :step]
+        open_ = wanted[:, pick] - opens[:, :step] @ columns[pick, :step]
+        column = left / left[pick]
+        shared = open_ @ wanted - columns[:, :step] @ (open_ @ opens[:, :step])
+        explained = (explained - 2 * column * shared + column.square() * (open_ @ open_)).clamp_min(0)
+        variance = (variance - column * left).clamp_min(0)
+        lefts[:, step], columns[:, step], opens[:, step] = left, column, open_
         picks.append(pick)
-        column = left[:, pick] / variance[pick]
-        open_ = open_ - torch.outer(open_[:, pick], column)
-        left = left - torch.outer(left[:, pick], column)
     return picks
 
 

@@ -69,11 +69,11 @@ def panels_of(curves: Mapping[str, Any]) -> tuple[str, ...]:
 
 def draw_panel(curves: Mapping[str, Any], panel: str, key: str) -> str:
     """One panel as an `<svg>` element for the page, in the page's colours and font; `key` makes its ids unique."""
-    figure = _figure(*SIZE, STAND_INS)
-    with _style(STAND_INS):
+    figure = new_figure(*SIZE, STAND_INS)
+    with style_of(STAND_INS):
         axes = figure.add_subplot()
         _fill_panel(axes, curves, panel, STAND_INS)
-        text = _save(figure, "svg").decode()
+        text = save_figure(figure, "svg").decode()
     text = _follow_page(text[text.index("<svg") :], key)
     body = text[text.index(">") + 1 :]
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
@@ -130,27 +130,28 @@ def leaves_picture(curves: Mapping[str, Any]) -> float | None:
 
 def _picture(curves: Mapping[str, Any], colours: Mapping[str, str], kind: str) -> bytes:
     panels = panels_of(curves) or ("loss",)
-    figure = _figure(SIZE[0] * len(panels), SIZE[1] + 0.35, colours)
-    with _style(colours):
+    figure = new_figure(SIZE[0] * len(panels), SIZE[1] + 0.35, colours)
+    with style_of(colours):
         grid = figure.subplots(1, len(panels), squeeze=False)
         for axes, panel in zip(grid[0], panels, strict=True):
             _fill_panel(axes, curves, panel, colours)
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(handles), handlelength=2.4)
-        return _save(figure, kind)
+        return save_figure(figure, kind)
 
 
-def _figure(width: float, height: float, colours: Mapping[str, str]) -> "Figure":
+def new_figure(width: float, height: float, colours: Mapping[str, str]) -> "Figure":
+    """An empty figure in inches, in our style."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with _style(colours):
+    with style_of(colours):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor=colours["paper"])
         FigureCanvasAgg(figure)  # draws without a screen; pyplot and its global state are never touched
     return figure
 
 
-def _style(colours: Mapping[str, str]) -> Any:
+def style_of(colours: Mapping[str, str]) -> Any:
     """A context with matplotlib's defaults and our colours, whatever the user's own settings are."""
     from matplotlib import style
 
@@ -184,7 +185,8 @@ def _style(colours: Mapping[str, str]) -> Any:
     return style.context(["default", ours])
 
 
-def _save(figure: "Figure", kind: str) -> bytes:
+def save_figure(figure: "Figure", kind: str) -> bytes:
+    """The figure as SVG or PNG; the same figure gives the same bytes."""
     file = io.BytesIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None} if kind == "svg" else {"Software": None}
     figure.savefig(file, format=kind, metadata=metadata)
