@@ -89,6 +89,8 @@ def read_batches(data: Any) -> Iterator[Batch]:
 
 def as_batch(item: Any) -> Batch:
     """One item of the data as a batch."""
+    if isinstance(item, Batch):
+        return item
     if isinstance(item, Tensor):
         return Batch((item,), {})
     if isinstance(item, Mapping):

@@ -180,7 +180,7 @@ def choose_methods(methods: Sequence[str | Match] | None, data: Any) -> list[Mat
     if methods is not None:
         return [configure("matching method", each, METHODS) if isinstance(each, str) else each for each in methods]
     met = {""} if data is None else {"", "data", "labels"} if is_labelled(data) else {"", "data"}
-    return [method for method in (build() for build in METHODS.values()) if method.needs in met]
+    return [method for name, build in METHODS.items() if name != "auto" and (method := build()).needs in met]
 
 
 def measured(step: Callable[[], Any]) -> tuple[Any, "Spent"]:

@@ -47,7 +47,7 @@ def prepare(recipe: Recipe, inputs: Inputs) -> tuple[Symmetry, Proof | None, Ali
     symmetry = trace(inputs.models[0], *inputs.example)
     proof = verify(inputs.models[0], symmetry, *inputs.example, seed=recipe.seed) if recipe.verify else None
     method = configure("matching method", recipe.align.method, METHODS, recipe.align.options)
-    data = inputs.calibration if method.needs else None
+    data = inputs.calibration if method.needs or method.name == "auto" else None
     return symmetry, proof, align(inputs.models, symmetry, method, data=data, seed=recipe.seed)
 
 

@@ -86,7 +86,7 @@ def broken(value: float) -> nn.Module:
 GOOD = {"models": MODELS, "symmetry": symmetry(MLP)}
 REFUSED = {
     "a misspelt name": ({"method": "weight_matchin"}, InputError, "did you mean 'weight_matching'"),
-    "a name like no other": ({"method": "zzz"}, InputError, "choose from identity, weight_matching"),
+    "a name like no other": ({"method": "zzz"}, InputError, "choose from auto, identity, weight_matching"),
     "a class": ({"method": WeightMatching}, InputError, "configured method"),
     "no models": ({"models": []}, InputError, "no models"),
     "only state dicts": ({"models": [m.state_dict() for m in MODELS]}, InputError, "give module="),

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from isthmus.batches import check_data
 from isthmus.errors import InputError
 from isthmus.match.activation_matching import ActivationMatching
+from isthmus.match.auto import Auto
 from isthmus.match.base import Match, Problem
+from isthmus.match.c2m3 import C2M3
 from isthmus.match.identity import Identity
 from isthmus.match.subset_selection import SubsetSelection
 from isthmus.match.weight_matching import WeightMatching
@@ -22,6 +24,7 @@ from isthmus.symmetry import Symmetry
 from isthmus.transform import Alignment
 
 __all__ = [
+    "C2M3",
     "METHODS",
     "ActivationMatching",
     "Identity",
@@ -33,10 +36,12 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Match]] = {
+    "auto": Auto,
     "identity": Identity,
     "weight_matching": WeightMatching,
     "activation_matching": ActivationMatching,
     "subset_selection": SubsetSelection,
+    "c2m3": C2M3,
 }
 
 
