@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -35,13 +36,13 @@ class Auto:
     again on all data.
 
     Attributes:
-        candidates: Names of the methods to try; by default all but those that train by gradients.
+        candidates: Names of the methods to try, in a sequence or separated by commas; by default all but those that train by gradients.
         held_out: Share of the batches that is held out, the last ones.
 
     Source: this project.
     """
 
-    candidates: tuple[str, ...] | None = None
+    candidates: str | Sequence[str] | None = None
     held_out: float = 0.2
 
     name: ClassVar[str] = "auto"
@@ -70,8 +71,8 @@ class Auto:
         """
         from isthmus.match import METHODS  # the table holds this method too
 
-        names = self.candidates
-        if names is None:
+        names = tuple(self.candidates or ())
+        if self.candidates is None:
             names = tuple(name for name in METHODS if name != self.name and name not in BY_GRADIENT)
         if not names or self.name in names:
             raise InputError(f"candidates={list(names)}: name one method or more, other than {self.name!r}")
