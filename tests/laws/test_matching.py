@@ -1,6 +1,7 @@
 """What every matching method obeys, whatever the network: a new method is tested by being in the table."""
 
 import copy
+import dataclasses
 import json
 import math
 from functools import cache
@@ -18,6 +19,8 @@ from zoo import ZOO as STRUCTURES
 
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 EXACT_METHOD = pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.exact])
+# Methods that look at all models together.
+JOINT = ("auto", "c2m3", "learned", "sinkhorn", "ste", "subset_selection", "weight_matching", "zipit")
 EVERY_NETWORK = pytest.mark.parametrize("name", [MLP, CNN, "GroupNormResidual", "Attention"])
 
 
@@ -157,6 +160,31 @@ def test_what_it_reports_can_be_believed(name, method):
     if found.objective is not None:
         assert math.isfinite(found.objective)
         assert found.upper_bound is None or found.objective <= found.upper_bound
+
+
+def same(a, b) -> bool:
+    return as_bytes(a) == as_bytes(b)
+
+
+# Methods that match every model to one reference on its own: what the others are does not matter.
+ONE_BY_ONE = [
+    name
+    for name, method in METHODS.items()
+    if name not in JOINT and any(field.name == "reference" for field in dataclasses.fields(method))
+]
+
+
+@pytest.mark.parametrize("method", ONE_BY_ONE)
+@EVERY_NETWORK
+def test_each_model_is_matched_as_if_it_were_alone(name, method):
+    models, sym, data = case(name, 3)
+    together = align(method, models, sym, data)
+    swapped = align(method, [models[0], models[2], models[1]], sym, data)
+    for index in (1, 2):
+        alone = align(method, [models[0], models[index]], sym, data)
+        for space in sym:
+            assert same(together.transforms[index][space.name], alone.transforms[1][space.name])
+            assert same(together.transforms[index][space.name], swapped.transforms[3 - index][space.name])
 
 
 @EVERY_METHOD

@@ -64,7 +64,7 @@ class PLeaS:
     """
 
     samples: int = 4000
-    rows: int = 100_000
+    rows: int = 50_000
     ridge: float = 1e-4
     rectified_steps: int = 3
 

@@ -36,7 +36,8 @@ class Auto:
     again on all data.
 
     Attributes:
-        candidates: Names of the methods to try, in a sequence or separated by commas; by default all but those that train by gradients.
+        candidates: Names of the methods to try, in a sequence or separated by commas; by default all but those that
+            train by gradients.
         held_out: Share of the batches that is held out, the last ones.
 
     Source: this project.
