@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 import isthmus
 from isthmus.batches import as_batch
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
-from isthmus.moments import CHUNK, Accumulator, SpaceMoments, require_samples
+from isthmus.moments import CHUNK, Accumulator, SpaceMoments, collect_joint, require_samples
 from isthmus.trace.reader import Reader
 from oracles import git_rebasin as oracle
 from pairs import MLP, NETWORKS, TRAINED, VGG_BN, data_of, fresh, inputs_of, lively, seen_by_hooks, symmetry, trained
@@ -88,20 +89,19 @@ def test_covariances_keep_their_digits_far_from_zero():
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
 def test_sums_in_pieces_are_sums_of_all(offset):
     values = torch.randn(9001, 6, generator=torch.Generator().manual_seed(1)) + offset
-    sums = Accumulator(2, 3, torch.device("cpu"))
+    sums = Accumulator([3, 3], torch.device("cpu"))
     for piece in values.split(1234):
         sums.add(piece)
     assert sums.count == 9001
-    assert_close(
-        sums.finish(), *naive(values[:, :3].double().numpy(), values[:, 3:].double().numpy()), tolerance=ROUNDING
-    )
+    read = sums.finish().of_one_size()
+    assert_close(read, *naive(values[:, :3].double().numpy(), values[:, 3:].double().numpy()), tolerance=ROUNDING)
 
 
 def test_float64_models_are_read_in_float64():
     values = torch.randn(5000, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    sums = Accumulator(1, 4, torch.device("cpu"))
+    sums = Accumulator([4], torch.device("cpu"))
     sums.add(values)
-    assert_close(sums.finish(), *naive(values.numpy()), tolerance=1e-13)
+    assert_close(sums.finish().of_one_size(), *naive(values.numpy()), tolerance=1e-13)
 
 
 @pytest.mark.parametrize("name", [MLP, VGG_BN])
@@ -315,3 +315,29 @@ def test_too_few_samples_can_be_refused():
     require_samples(read, 400, "this")
     with refuses(DataError, "400 samples, this needs at least 401"):
         require_samples(read, 401, "this")
+
+
+def test_models_of_several_widths_are_read_together():
+    specs = (MLP, MLP.replace("24", "31"))
+    models = [lively(spec, seed) for seed, spec in enumerate(specs)]
+    found, samples = collect_joint(models, [symmetry(spec) for spec in specs], data_of(MLP), at="pre")
+    alone = [
+        isthmus.collect([model], symmetry(spec), data_of(MLP), at="pre")
+        for model, spec in zip(models, specs, strict=True)
+    ]
+    assert samples == 400
+    for space in symmetry(MLP):
+        joint = found[space.name]
+        assert joint.between(0, 1).shape == (24, 31)
+        assert torch.equal(joint.between(0, 1), joint.between(1, 0).T)
+        for index in range(2):
+            torch.testing.assert_close(joint.mean[index], alone[index][space.name].mean[0])
+            torch.testing.assert_close(joint.between(index, index), alone[index][space.name].between(0, 0))
+
+
+def test_networks_that_are_read_at_other_places_are_refused():
+    sym = symmetry(MLP)
+    twice = replace(sym.program, post={name: nodes * 2 for name, nodes in sym.program.post.items()})
+    models = [lively(MLP, seed) for seed in range(2)]
+    with refuses(SymmetryError, "read at other places"):
+        collect_joint(models, [sym, replace(sym, program=twice)], data_of(MLP))

@@ -60,6 +60,32 @@ class SpaceMoments:
 
 
 @dataclass(frozen=True, eq=False)
+class JointMoments:
+    """Moments of one space that may have another number of units in each model.
+
+    Attributes:
+        count: Samples, as in `SpaceMoments`.
+        mean: Mean activation of every unit, one tensor a model.
+        covariance: Covariance of all units of all models, those of the first model first.
+    """
+
+    count: int
+    mean: tuple[Float[Tensor, " _"], ...]
+    covariance: Float[Tensor, "total total"]
+
+    def between(self, first: int, second: int) -> Float[Tensor, "rows columns"]:
+        """Covariance of the units of one model with those of another."""
+        starts = np.cumsum([0, *(len(mean) for mean in self.mean)])
+        rows, columns = (slice(starts[model], starts[model + 1]) for model in (first, second))
+        return self.covariance[rows, columns]
+
+    def of_one_size(self) -> SpaceMoments:
+        """The same moments, where the space is of one size in all models."""
+        models, units = len(self.mean), len(self.mean[0])
+        return SpaceMoments(self.count, torch.stack(self.mean), self.covariance.reshape(models, units, models, units))
+
+
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Moments of every space that can be read, by space name.
 
@@ -82,12 +108,13 @@ class Moments:
 class Accumulator:
     """Shifted sums of one space: numbers close to zero keep their digits whatever the units' means are."""
 
-    def __init__(self, models: int, units: int, device: torch.device) -> None:
-        self.shape = (models, units)
+    def __init__(self, units: Sequence[int], device: torch.device) -> None:
+        self.units = list(units)
+        total = sum(units)
         self.count = 0
         self.shift: Tensor | None = None
-        self.total = torch.zeros(models * units, dtype=torch.float64, device=device)
-        self.products = torch.zeros(models * units, models * units, dtype=torch.float64, device=device)
+        self.total = torch.zeros(total, dtype=torch.float64, device=device)
+        self.products = torch.zeros(total, total, dtype=torch.float64, device=device)
 
     def add(self, values: Float[Tensor, "samples columns"]) -> None:
         """Adds samples of all models side by side; the first batch's mean becomes the shift."""
@@ -99,19 +126,14 @@ class Accumulator:
             self.products += (chunk.T @ chunk).double()
         self.count += len(values)
 
-    def finish(self) -> SpaceMoments:
+    def finish(self) -> JointMoments:
         """The moments of all samples added."""
         assert self.shift is not None
         offset = self.total / self.count
         covariance = self.products / self.count - torch.outer(offset, offset)
         covariance = (covariance + covariance.T) / 2
         mean = self.shift.double() + offset
-        models, units = self.shape
-        return SpaceMoments(
-            self.count,
-            mean.reshape(models, units).cpu(),
-            covariance.reshape(models, units, models, units).cpu(),
-        )
+        return JointMoments(self.count, mean.cpu().split(self.units), covariance.cpu())
 
 
 def collect(
@@ -143,33 +165,96 @@ def collect(
         ModelError: The models are not of one architecture, or hold NaN or infinite weights.
         SymmetryError: The symmetry is of another architecture.
     """
-    if at not in ("post", "pre"):
-        raise InputError(f"at={at!r}: activations are read at 'post' or 'pre'")
+    check_at(at)
     check_data(data)
     modules = as_modules(models)
     symmetry = symmetry_of(modules[0], symmetry, inputs, data)
-    graph = symmetry.program
-    first, second = (graph.post, graph.pre) if at == "post" else (graph.pre, graph.post)
-    read_at: Mapping[str, tuple[str, ...]] = {s.name: first[s.name] or second[s.name] for s in symmetry}
-    spaces = [space for space in symmetry if read_at[space.name]]
-    readings: dict[str, list[Reading]] = {}
-    for space in spaces:
-        for node in read_at[space.name]:
-            readings.setdefault(node, []).extend(readings_of(symmetry, space, graph.activations[node]))
-    states = [dict(model.state_dict()) for model in modules]
+    found, samples = read_spaces(modules, [symmetry] * len(modules), data, at)
+    return Moments({name: joint.of_one_size() for name, joint in found.items()}, at, samples)
+
+
+def collect_joint(
+    models: Sequence[nn.Module], symmetries: Sequence[Symmetry], data: Any, *, at: str = "post"
+) -> tuple[dict[str, JointMoments], int]:
+    """As `collect`, for models whose spaces have the same names and may have other sizes.
+
+    Args:
+        models: Models in `eval()`.
+        symmetries: Every model's own, each with its graph.
+        data: Re-iterable batches that every model takes; targets are not used.
+        at: `"post"` or `"pre"`.
+
+    Returns:
+        The moments by space name, and the number of inputs read.
+
+    Raises:
+        DataError: No data, empty data, or data that can be read only once.
+        InputError: Unknown `at`.
+        SymmetryError: A space is read at other places in one model than in another.
+    """
+    check_at(at)
+    check_data(data)
+    return read_spaces(models, symmetries, data, at)
+
+
+def check_at(at: str) -> None:
+    """Refuses an unknown place to read activations at.
+
+    Raises:
+        InputError: It is neither `"post"` nor `"pre"`.
+    """
+    if at not in ("post", "pre"):
+        raise InputError(f"at={at!r}: activations are read at 'post' or 'pre'")
+
+
+def read_spaces(
+    models: Sequence[nn.Module], symmetries: Sequence[Symmetry], data: Any, at: str
+) -> tuple[dict[str, JointMoments], int]:
+    """The moments of every space that can be read, all models side by side, and the number of inputs read.
+
+    Raises:
+        SymmetryError: A space is read at other places in one model than in another.
+    """
+    readings = [readings_by_node(symmetry, at) for symmetry in symmetries]
+    states = [dict(model.state_dict()) for model in models]
     references = [first_float(state) for state in states]
-    sums = {s.name: Accumulator(len(states), s.copies * s.size, references[0].device) for s in spaces}
+    read = {reading.space for found in readings[0].values() for _, reading in found}
+    sums = {
+        space.name: Accumulator(
+            [symmetry[space.name].copies * symmetry[space.name].size for symmetry in symmetries], references[0].device
+        )
+        for space in symmetries[0]
+        if space.name in read
+    }
     samples = 0
     for batch in progress(read_batches(data), "collecting activations", data):
         rows: dict[tuple[str, int], list[Tensor]] = {}
-        for state, reference in zip(states, references, strict=True):
+        for state, reference, symmetry, found in zip(states, references, symmetries, readings, strict=True):
             own = batch.to(reference.device, reference.dtype).clone()
-            observers = {node: observer(node, found, rows) for node, found in readings.items()}
-            Reader(program_for(graph.program, own), observers).read(state, own)
-        for (node, index), values in rows.items():
-            sums[readings[node][index].space].add(torch.cat(values, dim=1))
+            observers = {node: observer(here, rows) for node, here in found.items()}
+            Reader(program_for(symmetry.program.program, own), observers).read(state, own)
+        for (space, _), values in rows.items():
+            if len(values) != len(models) or len({len(each) for each in values}) > 1:
+                raise SymmetryError(
+                    f"space {space} is read at other places in one model than in another: match by weights"
+                )
+            sums[space].add(torch.cat(values, dim=1))
         samples += batch.size
-    return Moments({name: accumulator.finish() for name, accumulator in sums.items()}, at, samples)
+    return {name: accumulator.finish() for name, accumulator in sums.items()}, samples
+
+
+def readings_by_node(symmetry: Symmetry, at: str) -> dict[str, list[tuple[int, "Reading"]]]:
+    """For every node at which a space is read: how, each reading with its number within the space."""
+    graph = symmetry.program
+    first, second = (graph.post, graph.pre) if at == "post" else (graph.pre, graph.post)
+    found: dict[str, list[tuple[int, Reading]]] = {}
+    for space in symmetry:
+        number = 0
+        for node in first[space.name] or second[space.name]:
+            for reading in readings_of(symmetry, space, graph.activations[node]):
+                found.setdefault(node, []).append((number, reading))
+                number += 1
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,13 +321,13 @@ def moves_repeats(other: Site, site: Site) -> bool:
 
 
 def observer(
-    node: str, readings: Sequence[Reading], rows: dict[tuple[str, int], list[Tensor]]
+    readings: Sequence[tuple[int, Reading]], rows: dict[tuple[str, int], list[Tensor]]
 ) -> Callable[[Tensor], None]:
     """What to do with a node's value: keep the units of each space that is read there."""
 
     def keep(value: Tensor) -> None:
-        for index, reading in enumerate(readings):
-            rows.setdefault((node, index), []).append(reading.of(value))
+        for number, reading in readings:
+            rows.setdefault((reading.space, number), []).append(reading.of(value))
 
     return keep
 
