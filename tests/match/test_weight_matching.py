@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import isthmus
 from isthmus import Permutation
-from isthmus.errors import InputError
+from isthmus.errors import DataError, InputError
 from isthmus.match import WeightMatching
 from isthmus.match.families import family_of, paired_value
 from isthmus.match.weight_matching import forward_start, random_start
@@ -16,7 +16,7 @@ from isthmus.match.weight_objective import WeightObjective
 from isthmus.models import ZOO
 from isthmus.transform import compose, move_state
 from oracles import git_rebasin as oracle
-from pairs import MLP, NETWORKS, RESNET20, TRAINED, VGG_BN, lively, planted, spec_of, stir, symmetry, trained
+from pairs import MLP, NETWORKS, RESNET20, TRAINED, VGG_BN, data_of, lively, planted, spec_of, stir, symmetry, trained
 from refusals import refuses
 from zoo import ZOO as STRUCTURES
 
@@ -362,6 +362,28 @@ def test_all_to_one_matches_each_model_as_if_it_were_alone():
         assert np.array_equal(together.transforms[2][space.name].indices, alone.transforms[1][space.name].indices)
 
 
+def test_the_reference_may_be_the_best_or_the_medoid():
+    models = [trained(MLP, seed) for seed in range(3)]
+    options = {"many": "all_to_one", "restarts": 1}
+    losses = [isthmus.evaluate(model, data_of(MLP)).loss for model in models]
+    found = isthmus.align(models, symmetry(MLP), WeightMatching(**options, reference="best"), data_of(MLP))
+    assert found.details["reference"] == losses.index(min(losses))
+    models.append(models[1])  # model 1 and its copy match perfectly, and no other pair does
+    found = isthmus.align(models, symmetry(MLP), WeightMatching(**options, reference="medoid"))
+    centre = found.details["reference"]
+    assert centre in (1, 3)
+    assert all(transform.is_identity for transform in found.transforms[centre].values())
+
+
+def test_the_best_model_needs_labels_and_merge_many_has_no_reference():
+    method = WeightMatching(many="all_to_one", reference="best")
+    assert (method.needs, WeightMatching().needs) == ("labels", "")
+    with refuses(DataError, "weight_matching needs data"):
+        isthmus.align(group_of(MLP, "random"), symmetry(MLP), method)
+    with refuses(DataError, "needs labels"):
+        isthmus.align(group_of(MLP, "random"), symmetry(MLP), method, [x for x, _ in data_of(MLP)])
+
+
 @SMALL
 def test_after_merge_many_no_model_can_be_brought_nearer_to_the_mean_of_the_others(name):
     models, spec = group_of(name, "random", 3), spec_of(name)
@@ -394,6 +416,8 @@ def test_merge_many_comes_near_the_oracles(name):
         ({"restarts": 0}, "restarts=0"),
         ({"max_sweeps": 0}, "max_sweeps=0"),
         ({"many": "all"}, "'merge_many' or 'all_to_one'"),
+        ({"reference": "last"}, "use one of first, best, medoid"),
+        ({"reference": "medoid"}, "merge_many has none; use many='all_to_one'"),
     ],
 )
 def test_options_out_of_range_are_refused(options, told):
