@@ -13,6 +13,7 @@ from isthmus.errors import (
     TraceError,
     TransformError,
 )
+from isthmus.fold import fold_batch_norms
 from isthmus.match import align
 from isthmus.merge import merge
 from isthmus.moments import Moments, collect
@@ -52,6 +53,7 @@ __all__ = [
     "compare",
     "connect",
     "evaluate",
+    "fold_batch_norms",
     "match",
     "merge",
     "repair",

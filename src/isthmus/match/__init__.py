@@ -14,9 +14,12 @@ from isthmus.match.activation_matching import ActivationMatching
 from isthmus.match.auto import Auto
 from isthmus.match.base import Match, Problem
 from isthmus.match.c2m3 import C2M3
+from isthmus.match.cca import CCA
 from isthmus.match.identity import Identity
+from isthmus.match.procrustes import Procrustes
 from isthmus.match.subset_selection import SubsetSelection
 from isthmus.match.weight_matching import WeightMatching
+from isthmus.match.zipit import ZipIt
 from isthmus.members import as_modules
 from isthmus.moments import symmetry_of
 from isthmus.registry import configure
@@ -25,13 +28,16 @@ from isthmus.transform import Alignment
 
 __all__ = [
     "C2M3",
+    "CCA",
     "METHODS",
     "ActivationMatching",
     "Identity",
     "Match",
     "Problem",
+    "Procrustes",
     "SubsetSelection",
     "WeightMatching",
+    "ZipIt",
     "align",
 ]
 
@@ -40,8 +46,11 @@ METHODS: dict[str, type[Match]] = {
     "identity": Identity,
     "weight_matching": WeightMatching,
     "activation_matching": ActivationMatching,
+    "cca": CCA,
+    "procrustes": Procrustes,
     "subset_selection": SubsetSelection,
     "c2m3": C2M3,
+    "zipit": ZipIt,
 }
 
 

@@ -4,22 +4,17 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
-import torch
-from torch import nn
-
-from isthmus.batches import Batch, is_labelled, read_batches
-from isthmus.errors import DataError, InputError, IsthmusError, ModelError
+from isthmus.batches import is_labelled
+from isthmus.errors import InputError, IsthmusError
 from isthmus.match.base import Match, Problem
+from isthmus.match.held_out import judge_by, split_batches
 from isthmus.match.identity import Identity
 from isthmus.match.weight_matching import total_value
-from isthmus.merge import merge
 from isthmus.progress import progress
 from isthmus.registry import configure
-from isthmus.repair import normalisation_layers, repair
-from isthmus.score import Ensemble, class_scores, evaluate
-from isthmus.trace.reader import first_float
 from isthmus.transform import Alignment
 
 # Methods that train by gradients take minutes; they are tried if they are named.
@@ -99,7 +94,10 @@ class Auto:
         scores: dict[str, float] = {}
         left_out: dict[str, str] = {}
         part = Problem(problem.models, problem.symmetry, fitting, problem.seed)
-        judge, criterion = judge_by(problem, part, held)
+        if held is None:
+            judge, criterion = partial(disagreement, problem), "negative inner product of the moved weights"
+        else:
+            judge, criterion = judge_by(problem, fitting, held)
         methods = self.methods()
         for method in progress(methods, "trying methods"):
             if method.needs not in met:
@@ -129,72 +127,8 @@ class Auto:
         )
 
 
-def split_batches(data: Any, held_out: float) -> tuple[list[Batch], list[Batch]]:
-    """The first batches for fitting and the last ones to hold out, read once: data that shuffles cannot mix them.
-
-    Raises:
-        DataError: Fewer than two batches.
-    """
-    batches = list(read_batches(data))
-    if len(batches) < 2:
-        raise DataError(
-            "one batch cannot be split into a fitting and a held-out part: give two or more, or smaller ones"
-        )
-    held = min(len(batches) - 1, max(1, round(held_out * len(batches))))
-    return batches[:-held], batches[-held:]
-
-
-def judge_by(problem: Problem, part: Problem, held: Any) -> tuple[Any, str]:
-    """How an alignment is scored, lower is better, and the criterion's name."""
-    models = problem.models
-
-    def merged_by(alignment: Alignment) -> nn.Module:
-        merged = merge(models, alignment)
-        if normalisation_layers(merged):
-            return repair(merged, part.data)
-        return merged
-
-    if held is None:
-        return lambda alignment: -weight_agreement(problem, alignment), "negative inner product of the moved weights"
-    if is_labelled(held) and classifies(models[0], held):
-        return lambda alignment: evaluate(merged_by(alignment), held).loss, "loss of the merged model on held-out data"
-    ensemble = Ensemble(models)  # of whatever scores the models give
-    return (
-        lambda alignment: distance_of_scores(merged_by(alignment), ensemble, held),
-        "distance of class scores from the ensemble's on held-out data",
-    )
-
-
-def classifies(model: nn.Module, data: Any) -> bool:
-    """Whether the model's outputs are class scores for the data's targets."""
-    try:
-        evaluate(model, data)
-    except ModelError:
-        return False
-    return True
-
-
-def weight_agreement(problem: Problem, alignment: Alignment) -> float:
-    """The inner product of the moved weights, summed over pairs of models; minus infinity after linear maps."""
+def disagreement(problem: Problem, alignment: Alignment) -> float:
+    """The negative inner product of the moved weights, summed over pairs of models; infinite after linear maps."""
     if not alignment.is_exact:
-        return -math.inf
-    return total_value(problem, [dict(each) for each in alignment.transforms])[0]
-
-
-def distance_of_scores(model: nn.Module, ensemble: nn.Module, data: Any) -> float:
-    """Mean squared distance of two models' class scores.
-
-    Raises:
-        DataError: The model gives no class scores.
-    """
-    total, count = 0.0, 0
-    reference = first_float(model.state_dict())
-    for batch in read_batches(data):
-        inputs: Batch = batch.to(reference.device, reference.dtype).clone()
-        with torch.no_grad():
-            found, wanted = (class_scores(each(*inputs.args, **inputs.kwargs)) for each in (model, ensemble))
-        if found is None or wanted is None:
-            raise DataError("the model gives no class scores to be judged by: give labelled data and name a method")
-        total += float((found.double() - wanted.double()).square().sum())
-        count += found.numel()
-    return total / count
+        return math.inf
+    return -total_value(problem, [dict(each) for each in alignment.transforms])[0]

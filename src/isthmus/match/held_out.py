@@ -1,0 +1,86 @@
+"""Judging alignments on data that they were not fitted to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from isthmus.batches import Batch, is_labelled, read_batches
+from isthmus.errors import DataError, ModelError
+from isthmus.match.base import Problem
+from isthmus.merge import merge
+from isthmus.repair import normalisation_layers, repair
+from isthmus.score import Ensemble, class_scores, evaluate
+from isthmus.trace.reader import first_float
+from isthmus.transform import Alignment
+
+
+def split_batches(data: Any, held_out: float) -> tuple[list[Batch], list[Batch]]:
+    """The first batches for fitting and the last ones to hold out, read once: data that shuffles cannot mix them.
+
+    Raises:
+        DataError: Fewer than two batches.
+    """
+    batches = list(read_batches(data))
+    if len(batches) < 2:
+        raise DataError(
+            "one batch cannot be split into a fitting and a held-out part: give two or more, or smaller ones"
+        )
+    held = min(len(batches) - 1, max(1, round(held_out * len(batches))))
+    return batches[:-held], batches[-held:]
+
+
+def judge_by(problem: Problem, fitting: Any, held: Any) -> tuple[Callable[[Alignment], float], str]:
+    """How an alignment is scored, lower is better, and the criterion's name.
+
+    The models are averaged in its frame and BatchNorm statistics reset on the fitting part.
+
+    Args:
+        problem: The models.
+        fitting: Batches for the statistics.
+        held: Batches to judge on.
+    """
+    models = problem.models
+
+    def merged_by(alignment: Alignment) -> nn.Module:
+        merged = merge(models, alignment)
+        if normalisation_layers(merged):
+            return repair(merged, fitting)
+        return merged
+
+    if is_labelled(held) and classifies(models[0], held):
+        return lambda alignment: evaluate(merged_by(alignment), held).loss, "loss of the merged model on held-out data"
+    ensemble = Ensemble(models)  # of whatever scores the models give
+    return (
+        lambda alignment: distance_of_scores(merged_by(alignment), ensemble, held),
+        "distance of class scores from the ensemble's on held-out data",
+    )
+
+
+def classifies(model: nn.Module, data: Any) -> bool:
+    """Whether the model's outputs are class scores for the data's targets."""
+    try:
+        evaluate(model, data)
+    except ModelError:
+        return False
+    return True
+
+
+def distance_of_scores(model: nn.Module, ensemble: nn.Module, data: Any) -> float:
+    """Mean squared distance of two models' class scores.
+
+    Raises:
+        DataError: The model gives no class scores.
+    """
+    total, count = 0.0, 0
+    reference = first_float(model.state_dict())
+    for batch in read_batches(data):
+        inputs: Batch = batch.to(reference.device, reference.dtype).clone()
+        with torch.no_grad():
+            found, wanted = (class_scores(each(*inputs.args, **inputs.kwargs)) for each in (model, ensemble))
+        if found is None or wanted is None:
+            raise DataError("the model gives no class scores to be judged by: give labelled data and name a method")
+        total += float((found.double() - wanted.double()).square().sum())
+        count += found.numel()
+    return total / count
