@@ -3,6 +3,7 @@
 from isthmus import average, match
 from isthmus.compare import Comparison, Row, compare
 from isthmus.connect import Curve, connect
+from isthmus.cycles import CycleError, cycle_error, pairwise_barriers
 from isthmus.errors import (
     CheckpointError,
     DataError,
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "Comparison",
     "Curve",
+    "CycleError",
     "DataError",
     "Frozen",
     "Group",
@@ -52,10 +54,12 @@ __all__ = [
     "collect",
     "compare",
     "connect",
+    "cycle_error",
     "evaluate",
     "fold_batch_norms",
     "match",
     "merge",
+    "pairwise_barriers",
     "repair",
     "trace",
     "verify",
