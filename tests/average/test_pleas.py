@@ -70,8 +70,8 @@ def test_the_statistics_it_sets_are_those_of_the_data(name):
     fitted = isthmus.merge(models, None, "pleas", data=data)
     again = isthmus.repair(fitted, data)
     x = data[0][0]
-    with torch.no_grad():  # the same statistics but for the rows that were drawn: deviations of a few per cent
-        torch.testing.assert_close(again(x), fitted(x), rtol=0.1, atol=0.1 * float(fitted(x).std()))
+    with torch.no_grad():  # the same statistics but for the rows that were drawn and the variance's n / (n - 1)
+        assert float((again(x) - fitted(x)).abs().mean()) < 0.05 * float(fitted(x).std())
 
 
 @pytest.mark.parametrize("name", [VGG_BN, RESNET20, CNN])

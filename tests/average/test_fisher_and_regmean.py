@@ -1,0 +1,83 @@
+"""Fisher averaging and RegMean against formulas written out."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import isthmus
+from isthmus.average import Fisher, RegMean
+from isthmus.errors import InputError
+from isthmus.match import CCA
+from pairs import CNN, MLP, VGG_BN, data_of, symmetry, trained
+
+
+def test_fisher_is_the_expected_squared_gradient():
+    """With many draws of the same inputs, the drawn information tends to the exact expectation over classes."""
+    model = trained(MLP, 0)
+    x = data_of(MLP)[0][0][:2]
+    exact = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
+    for row in x:
+        chances = model(row[None]).softmax(dim=-1)[0].detach()
+        for label, chance in enumerate(chances):
+            copied = copy.deepcopy(model).requires_grad_(True)
+            F.cross_entropy(copied(row[None]), torch.tensor([label])).backward()
+            for name, p in copied.named_parameters():
+                exact[name] += float(chance) * p.grad.double().square() / len(x)
+    draws = 400
+    data = [(x.repeat(draws // 2, *[1] * (x.ndim - 1)), torch.zeros(draws).long())]
+    states = [model.state_dict()]
+    aligned = isthmus.average.Aligned(states, [1.0], model, data, None, 0, [model])
+    found = Fisher(samples=draws, floor=1e-12)._information(aligned, 0)
+    for name, values in exact.items():
+        # A Monte Carlo mean of 400 draws: the sums over a tensor are within some per cent of the expectation.
+        assert float(found[name].sum() / draws) == pytest.approx(float(values.sum()), rel=0.25)
+
+
+def test_fisher_lets_the_informed_model_decide():
+    models = [trained(MLP, 0), copy.deepcopy(trained(MLP, 1))]
+    with torch.no_grad():
+        models[1].head.weight.zero_()  # its predictions depend on no weight below the head
+        models[1].head.bias.zero_()
+    merged = isthmus.merge(models, None, Fisher(samples=50), data=data_of(MLP))
+    below = next(name for name, _ in models[0].named_parameters())
+    first, last = models[0].state_dict()[below], merged.state_dict()[below]
+    informed = (last - first).abs() < 1e-3 * (models[1].state_dict()[below] - first).abs().clamp_min(1e-9)
+    assert informed.float().mean() > 0.5  # all but weights from pixels that are always blank
+
+
+def test_regmean_is_the_least_squares_answer():
+    """Without shrinking, W minimises the summed squared distance of the answers on every parent's own inputs."""
+    models = [trained(MLP, seed) for seed in range(2)]
+    data = data_of(MLP)
+    x = torch.cat([x for x, _ in data])
+    merged = isthmus.merge(models, None, RegMean(shrink=0.999999), data=data)
+    name = next(name for name, module in models[0].named_modules() if isinstance(module, torch.nn.Linear))
+    flat = x.flatten(1).double()
+    weights = [model.get_submodule(name).weight.double() for model in models]
+    found = merged.get_submodule(name).weight.double()
+    expected = (weights[0] + weights[1]) / 2  # the first layer reads the same from both
+    torch.testing.assert_close(flat @ found.T, flat @ expected.T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [MLP, CNN, VGG_BN])
+def test_regmean_does_not_lose_against_the_mean(name):
+    models = [trained(name, seed) for seed in range(2)]
+    found = isthmus.align(models, symmetry(name), "activation_matching", data=data_of(name))
+    losses = {}
+    for average in ("mean", "regmean"):
+        merged = isthmus.repair(isthmus.merge(models, found, average, data=data_of(name)), data_of(name))
+        losses[average] = isthmus.evaluate(merged, data_of(name)).loss
+    assert losses["regmean"] < losses["mean"] + 0.1
+
+
+def test_linear_maps_and_bad_options_are_refused():
+    models = [trained(MLP, seed) for seed in range(2)]
+    found = isthmus.align(models, symmetry(MLP), CCA(gamma=0.1), data=data_of(MLP))
+    for average in ("fisher", "regmean"):
+        with pytest.raises(InputError, match="linear maps"):
+            isthmus.merge(models, found, average, data=data_of(MLP))
+    for build, options in ((Fisher, {"samples": 0}), (Fisher, {"floor": 0.0}), (RegMean, {"shrink": 1.0})):
+        with pytest.raises(InputError):
+            build(**options)
