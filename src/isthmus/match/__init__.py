@@ -16,6 +16,7 @@ from isthmus.match.base import Match, Problem
 from isthmus.match.c2m3 import C2M3
 from isthmus.match.cca import CCA
 from isthmus.match.identity import Identity
+from isthmus.match.mudsc import MuDSC
 from isthmus.match.procrustes import Procrustes
 from isthmus.match.subset_selection import SubsetSelection
 from isthmus.match.weight_matching import WeightMatching
@@ -33,6 +34,7 @@ __all__ = [
     "ActivationMatching",
     "Identity",
     "Match",
+    "MuDSC",
     "Problem",
     "Procrustes",
     "SubsetSelection",
@@ -48,6 +50,7 @@ METHODS: dict[str, type[Match]] = {
     "activation_matching": ActivationMatching,
     "cca": CCA,
     "procrustes": Procrustes,
+    "mudsc": MuDSC,
     "subset_selection": SubsetSelection,
     "c2m3": C2M3,
     "zipit": ZipIt,
