@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from isthmus.checkpoint import hash_file
 from isthmus.cli import main
 from isthmus.models import load_model
+from isthmus.recipe import read_recipe
 
 ARCHITECTURE = "zoo:cnn?width=0.5"
 
@@ -93,6 +94,53 @@ def test_dry_run_writes_nothing(files, tmp_path, capsys):
     assert code == 0
     assert "restarts: 7" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_options_of_the_average_are_its_own(files, tmp_path, capsys):
+    ties = ["--base", files / "c.safetensors", "--average", "ties"]
+    code, _, error = run(capsys, *merge(files, "-o", tmp_path / "run", *ties, "--average.density", "0.5"))
+    assert (code, error) == (0, "")
+    recipe = read_recipe(tmp_path / "run" / "recipe.yaml")
+    assert (recipe.merge_method, recipe.parameters) == ("ties", {"density": 0.5})
+    code, _, error = run(capsys, *merge(files, "-o", tmp_path / "none", *ties, "--average.densty", "1"))
+    assert code == 2
+    assert "did you mean 'density'" in error
+    code, _, error = run(capsys, *merge(files, "-o", tmp_path / "none", "--average", "ties"))
+    assert code == 2
+    assert "--base" in error
+    assert not (tmp_path / "none").exists()
+
+
+def test_compare_writes_a_table_and_a_picture(files, tmp_path, capsys):
+    asked = ["--methods", "identity,weight-matching", "--averages", "mean", "--repairs", "raw,reset"]
+    paths = [files / f"{name}.safetensors" for name in "abc"]
+    code, printed, error = run(
+        capsys, "compare", *paths, "--model", ARCHITECTURE, "--data", "digits", *asked, "-o", tmp_path / "out"
+    )
+    assert (code, error) == (0, "")
+    assert "weight_matching" in printed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "compare.json", "table.md", "compare.svg", "compare.png",
+    }  # fmt: skip
+    report = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert len(report["comparison"]["rows"]) == 4
+    assert "ensemble" in (tmp_path / "out" / "table.md").read_text()
+    code, _, error = run(
+        capsys,
+        "compare",
+        *paths,
+        "--model",
+        ARCHITECTURE,
+        "--data",
+        "digits",
+        "--averages",
+        "maen",
+        "-o",
+        tmp_path / "no",
+    )
+    assert code == 2
+    assert "did you mean 'mean'" in error
+    assert not (tmp_path / "no").exists()
 
 
 def test_align_keeps_each_function(files, tmp_path, capsys):

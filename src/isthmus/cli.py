@@ -84,7 +84,10 @@ def merge(
     out: Out,
     model: Annotated[str | None, typer.Option("--model", help="The architecture; a recipe names it itself.")] = None,
     method: Method = "weight_matching",
-    average: Annotated[str, typer.Option(help="How aligned weights are averaged.")] = "mean",
+    average: Annotated[
+        str, typer.Option(help="How aligned weights are averaged; its options as --average.density 0.2.")
+    ] = "mean",
+    base: Annotated[str | None, typer.Option(help="The models' common ancestor, for averages that need it.")] = None,
     weights: Annotated[str | None, typer.Option(help="One weight a model, such as 0.7,0.3.")] = None,
     repair: Annotated[str, typer.Option(help="reset, repair or none.")] = "reset",
     data: DataName = None,
@@ -111,8 +114,8 @@ def merge(
     else:
         recipe = build_recipe(
             paths, model, method, options, data, data_dir, samples, shape, seed, no_verify,
-            merge_method=average, repair=None if repair == "none" else repair, dtype=dtype, out_dtype=out_dtype,
-            weights=weights,
+            merge_method=average, base_model=base, repair=None if repair == "none" else repair, dtype=dtype,
+            out_dtype=out_dtype, weights=weights,
         )  # fmt: skip
     recipe.check()
     if dry_run:
@@ -395,6 +398,10 @@ def build_recipe(
     Raises:
         InputError: No architecture, weights that do not fit, or an unknown option.
     """
+    averaging = {
+        name.removeprefix("average."): value for name, value in options.items() if name.startswith("average.")
+    }
+    options = {name: value for name, value in options.items() if not name.startswith("average.")}
     check_option_names(method, options)
     if model is None:
         raise InputError("no architecture: give --model zoo:NAME or --model package.module:factory")
@@ -417,6 +424,7 @@ def build_recipe(
         input=parse_shape(shape),
         seed=seed,
         verify=not no_verify,
+        parameters=averaging,
         **rest,
     )
     recipe.check()

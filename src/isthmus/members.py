@@ -46,3 +46,27 @@ def as_modules(
             loaded.load_state_dict(checked)
             modules.append(loaded.eval())
     return modules
+
+
+def as_own_modules(models: Sequence[nn.Module | Mapping[str, Tensor]]) -> list[nn.Module]:
+    """All models as modules in `eval()`, each of an architecture of its own.
+
+    Raises:
+        InputError: No models, or a state dict, whose architecture is not known.
+        ModelError: A model holds NaN or infinite weights.
+    """
+    if not models:
+        raise InputError("no models: give at least one")
+    modules: list[nn.Module] = []
+    for index, model in enumerate(models):
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model {index} is a state dict: models of several widths must be modules")
+        modules += as_modules([model], names=[f"model {index}"])
+    return modules
+
+
+def differ_in_width(models: Sequence[nn.Module | Mapping[str, Tensor]]) -> bool:
+    """Whether all models have tensors of the same names, but not all of the same shapes."""
+    states = [model.state_dict() if isinstance(model, nn.Module) else model for model in models]
+    alike = all(state.keys() == states[0].keys() for state in states)
+    return alike and any(tensor.shape != states[0][name].shape for state in states for name, tensor in state.items())

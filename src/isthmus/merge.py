@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from isthmus.average import AVERAGES
 from isthmus.average.base import Aligned, Average
 from isthmus.errors import DataError, InputError
-from isthmus.members import as_modules
+from isthmus.members import as_modules, as_own_modules
+from isthmus.moments import check_symmetry
 from isthmus.registry import configure
 from isthmus.symmetry import Symmetry
 from isthmus.transform import Alignment, LinearMap, Transforms, move_state
@@ -32,10 +34,12 @@ def merge(
 
     Computed in float32 at least and cast to the first model's dtypes. Integer buffers are copied from the first model.
     Where a running variance met a linear map it is reset to one, and `merged.needs_repair` is True: the model must not
-    be used before `repair`. `merged.needs_repair` is False otherwise.
+    be used before `repair`. `merged.needs_repair` is False otherwise. `merged.statistics_measured` says whether the
+    average measured all running statistics on the merged network itself, as `pleas` does: a reset would only blur them.
 
     Args:
-        models: Modules or state dicts of one architecture.
+        models: Modules or state dicts of one architecture; modules of several widths where the alignment is of such,
+            and then the result has the widths of the common frame.
         alignment: What `align` returned for them, in the same order; None averages them as they are.
         average: A name in `AVERAGES`, or a configured way of averaging.
         coefficients: One weight a model; they are scaled to sum to one. None weighs all alike.
@@ -48,9 +52,11 @@ def merge(
         DataError: The average needs data and got none.
         InputError: Unequal numbers of models, transforms and coefficients, a missing base, or an unknown average.
         ModelError: The models are not of one architecture, or hold NaN or infinite weights.
+        SymmetryError: Models of several widths are not those that were aligned.
         TransformError: The alignment does not fit the models.
     """
-    modules = as_modules(models, module)
+    unequal = alignment is not None and bool(alignment.symmetries)
+    modules = as_own_modules(models) if unequal else as_modules(models, module)
     configured = configure("average", average, AVERAGES) if isinstance(average, str) else average
     if configured.needs == "base" and base is None:
         raise InputError(f"{configured.name} needs base=, the models' common ancestor: models of other seeds have none")
@@ -60,21 +66,42 @@ def merge(
         raise InputError(
             f"{len(modules)} models, but the alignment holds {len(alignment)}: give the aligned models, in order"
         )
+    if unequal and alignment is not None:
+        for index, model in enumerate(modules):
+            check_symmetry(alignment.own_symmetry(index), model)
+    if unequal and configured.needs in ("data", "labels"):
+        raise InputError(
+            f"{configured.name} runs the models side by side, and these are of several widths: use average='mean'"
+        )
+    architecture = modules[alignment.frame if alignment is not None else 0]
     weights = check_coefficients(coefficients, len(modules))
     states = [upcast(model.state_dict()) for model in modules]
     undefined: set[str] = set()
     if alignment is not None:
         undefined = {name for t in alignment.transforms for name in variances_met(t, alignment.symmetry)}
         states = [
-            move_state(state, transforms, alignment.symmetry, reset_variances=True)
-            for state, transforms in zip(states, alignment.transforms, strict=True)
+            move_state(state, transforms, alignment.own_symmetry(index), reset_variances=True)
+            for index, (state, transforms) in enumerate(zip(states, alignment.transforms, strict=True))
         ]
-    base_state = None if base is None else upcast(as_modules([base], modules[0])[0].state_dict())
-    aligned = Aligned(states, weights, modules[0], data, base_state, seed, modules, alignment)
+    base_state = None if base is None else upcast(as_modules([base], architecture)[0].state_dict())
+    aligned = Aligned(states, weights, architecture, data, base_state, seed, modules, alignment)
     merged = configured(aligned)
     undefined -= aligned.measured
     merged |= {name: torch.ones_like(merged[name]) for name in undefined}
-    return finish(modules[0], merged, needs_repair=bool(undefined))
+    result = finish(architecture, merged, needs_repair=bool(undefined))
+    result.statistics_measured = running_statistics(result) <= aligned.measured  # type: ignore[assignment]
+    return result
+
+
+def running_statistics(model: nn.Module) -> set[str]:
+    """Names of the running means and variances of all normalisation layers."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm)
+        for name, buffer in layer.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    }
 
 
 def check_coefficients(coefficients: Sequence[float] | None, models: int) -> list[float]:

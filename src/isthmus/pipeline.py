@@ -66,7 +66,7 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
         start = time.perf_counter()
         inputs = load_inputs(recipe)
         symmetry, proof, alignment = prepare(recipe, inputs)
-        average = configure("average", recipe.merge_method, AVERAGES)
+        average = configure("average", recipe.merge_method, AVERAGES, recipe.parameters)
         base = None if recipe.base_model is None else load_state(recipe.base_model)
         merged = merge(
             inputs.models, alignment, average, recipe.coefficients, data=inputs.calibration, base=base, seed=recipe.seed
@@ -80,10 +80,10 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
             "method": describe_alignment(recipe, alignment),
             "average": {
                 "name": recipe.merge_method,
-                "options": {},
+                "options": recipe.parameters,
                 "coefficients": recipe.coefficients or [1 / len(inputs.models)] * len(inputs.models),
             },
-            "repair": recipe.repair if inputs.calibration is not None else None,
+            "repair": recipe.repair if mended is not merged else None,
             "gained_biases": getattr(mended, "gained_biases", []),
             "proof": describe_proof(proof),
             "symmetry": describe_symmetry(symmetry, alignment),
@@ -156,6 +156,8 @@ def mend(merged: nn.Module, recipe: Recipe, inputs: Inputs, alignment: Alignment
         if merged.needs_repair:
             raise DataError("the merged model's BatchNorm statistics are undefined: give --data and --repair reset")
         return merged
+    if recipe.repair == "reset" and merged.statistics_measured:
+        return merged  # the average measured them on the merged network itself, and fitted its layers to them
     return repair(
         merged,
         inputs.calibration,

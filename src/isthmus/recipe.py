@@ -54,6 +54,7 @@ class Recipe(Strict):
     models: list[Member]
     architecture: str
     merge_method: str = "mean"
+    parameters: dict[str, Any] = Field(default_factory=dict)
     align: Alignment = Field(default_factory=Alignment)
     repair: str | None = "reset"
     data: Data | None = None
@@ -79,7 +80,7 @@ class Recipe(Strict):
         if len(self.models) < 2:
             raise InputError(f"{len(self.models)} checkpoint given: merging needs at least two")
         method = configure("matching method", self.align.method, METHODS, self.align.options)
-        average = configure("average", self.merge_method, AVERAGES)
+        average = configure("average", self.merge_method, AVERAGES, self.parameters)
         for member in self.models:
             for key in set(member.parameters) - {"weight"}:
                 raise InputError(f"{member.model}: no parameter {key!r}{did_you_mean(key, ['weight'])}: use weight")
@@ -94,7 +95,7 @@ class Recipe(Strict):
             if chosen.needs in ("data", "labels") and self.data is None:
                 raise InputError(f"{chosen.name} needs data: give --data NAME or --data FILE.npz")
             if chosen.needs == "base" and self.base_model is None:
-                raise InputError(f"{chosen.name} needs the models' common ancestor: give base_model")
+                raise InputError(f"{chosen.name} needs the models' common ancestor: give base_model (--base FILE)")
 
     def to_yaml(self) -> str:
         """The recipe as YAML text, all defaults written out."""

@@ -216,6 +216,54 @@ class Symmetry:
         return hashlib.sha256(json.dumps(spaces, sort_keys=True).encode()).hexdigest()
 
 
+def check_counterpart(frame: Symmetry, own: Symmetry, who: str) -> None:
+    """Refuses a model whose spaces are not those of the common frame but for the sizes of spaces that stand alone.
+
+    Args:
+        frame: The common frame's spaces.
+        own: The model's.
+        who: What to call the model in errors.
+
+    Raises:
+        SymmetryError: Other tensors or spaces, other places of one, or another size where no resizable space lies.
+    """
+    if set(frame.shapes) != set(own.shapes):
+        name = sorted(set(frame.shapes) ^ set(own.shapes))[0]
+        raise SymmetryError(f"{who} has other tensors ({name}): only the widths of its spaces may differ")
+    found = {space.name: space for space in own}
+    if list(found) != [space.name for space in frame]:
+        raise SymmetryError(
+            f"{who} has spaces {', '.join(found) or 'none'}, not {', '.join(s.name for s in frame) or 'none'}: "
+            "only models whose spaces correspond can be aligned"
+        )
+    free: dict[str, set[int]] = {}
+    for space in frame:
+        other = found[space.name]
+        alone = space.parent is None and space.copies == 1 and not frame.children(space)
+        if (space.parent, space.copies) != (other.parent, other.copies) or (space.size != other.size and not alone):
+            raise SymmetryError(
+                f"{who}, space {space.name}: nested spaces must be of one size in all models, here "
+                f"{space.copies} × {space.size} and {other.copies} × {other.size}"
+            )
+        places, others = (
+            [(s.parameter, s.dims, s.role, s.positions.shape[2]) for s in each.sites] for each in (space, other)
+        )
+        if places != others:
+            raise SymmetryError(
+                f"{who}, space {space.name}: it lies at other places of the tensors than in the first model"
+            )
+        if space.size != other.size:
+            for site in space.sites:
+                free.setdefault(site.parameter, set()).update(site.dims)
+    for name, shape in frame.shapes.items():
+        other_shape = own.shapes[name]
+        fixed = [d for d in range(len(shape)) if d not in free.get(name, ())]
+        if len(shape) != len(other_shape) or any(shape[d] != other_shape[d] for d in fixed):
+            raise SymmetryError(
+                f"{who}: {name} is {list(other_shape)} for {list(shape)}, and no space that could be resized lies there"
+            )
+
+
 def encode_positions(positions: Int[np.ndarray, "copies size repeat"]) -> dict[str, Any]:
     """Positions as a small JSON value: a start and three strides where they are regular, else the whole list."""
     shape = positions.shape

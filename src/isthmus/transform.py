@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from isthmus.checkpoint import load_state, read_metadata, save_state
 from isthmus.errors import InputError, ModelError, TransformError
-from isthmus.symmetry import Site, Space, Symmetry
+from isthmus.symmetry import Site, Space, Symmetry, check_counterpart
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +207,16 @@ def move_site(tensor: Tensor, site: Site, transform: Transform) -> Tensor:
     return resize_site(tensor, site, moved)
 
 
+def ones_moved(tensor: Tensor, site: Site, transform: LinearMap) -> Tensor:
+    """Ones in the shape that a linear map gives the tensor."""
+    copies, size, repeat = site.positions.shape
+    frame = transform.into.shape[1]
+    if frame == size:
+        return torch.ones_like(tensor)
+    rest = tensor.numel() // site_length(tensor.shape, site)
+    return resize_site(tensor, site, tensor.new_ones(copies, frame, repeat, rest))
+
+
 def resize_site(tensor: Tensor, site: Site, moved: Float[Tensor, "copies frame repeat rest"]) -> Tensor:
     """The tensor with the units along one dimension replaced by `frame` new ones, in the old layout."""
     copies, size, repeat = site.positions.shape
@@ -256,7 +266,7 @@ def move_state(
             if isinstance(transform, Permutation) and transform.is_identity:
                 continue
             if reset_variances and site.role == "variance" and isinstance(transform, LinearMap):
-                tensor = torch.ones_like(tensor)
+                tensor = ones_moved(tensor, site, transform)
             else:
                 tensor = move_site(tensor, site, transform)
         moved[name] = tensor
@@ -279,6 +289,8 @@ class Alignment:
         converged: Whether the method stopped because nothing improved any more.
         seconds: Wall time of the matching.
         details: What else the method reports, as plain JSON values.
+        symmetries: Every model's own symmetry, where widths differ and `symmetry` is the common frame's; empty where
+            all models share it.
     """
 
     symmetry: Symmetry
@@ -289,16 +301,33 @@ class Alignment:
     converged: bool = True
     seconds: float = 0.0
     details: Mapping[str, object] = field(default_factory=dict)
+    symmetries: tuple[Symmetry, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.symmetries and len(self.symmetries) != len(self.transforms):
+            raise TransformError(
+                f"{len(self.symmetries)} symmetries for {len(self.transforms)} models: give each model's own, or none"
+            )
         for index, transforms in enumerate(self.transforms):
+            if self.symmetries:
+                check_counterpart(self.symmetry, self.symmetries[index], f"model {index}")
             for space in self.symmetry:
                 transform = transforms.get(space.name)
-                if isinstance(transform, Permutation) and transform.indices.shape != (space.copies, space.size):
+                own = self.own_symmetry(index)[space.name]
+                if isinstance(transform, Permutation) and (
+                    transform.indices.shape != (space.copies, space.size) or own.size != space.size
+                ):
                     raise TransformError(
                         f"model {index}, space {space.name}: indices {transform.indices.shape}, "
                         f"expected {(space.copies, space.size)}"
                     )
+                if self.symmetries and isinstance(transform, LinearMap):
+                    expected = (space.copies, space.size, own.size)
+                    if tuple(transform.into.shape) != expected:
+                        raise TransformError(
+                            f"model {index}, space {space.name}: a linear map of shape {tuple(transform.into.shape)}, "
+                            f"expected {expected}"
+                        )
                 if transform is None:
                     raise TransformError(f"model {index} has no transform for space {space.name}: give one per space")
 
@@ -310,6 +339,15 @@ class Alignment:
         """Whether every transform is a permutation, which keeps each model's function."""
         return all(isinstance(t, Permutation) for transforms in self.transforms for t in transforms.values())
 
+    def own_symmetry(self, index: int) -> Symmetry:
+        """The symmetry of a model as it was given: that of the common frame, but for the sizes of spaces."""
+        return self.symmetries[index] if self.symmetries else self.symmetry
+
+    @property
+    def frame(self) -> int:
+        """Number of the first model that is of the common frame's widths."""
+        return next((i for i, own in enumerate(self.symmetries) if own.shapes == self.symmetry.shapes), 0)
+
     def between(self, target: int, source: int) -> dict[str, Transform]:
         """The transforms that carry model `source` into the own frame of model `target`."""
         back = invert(self.transforms[target], self.symmetry)
@@ -318,7 +356,7 @@ class Alignment:
     def rebased(self, reference: int = 0) -> "Alignment":
         """The same alignment with the common frame moved to model `reference`, which then does not move."""
         moved = tuple(self.between(reference, index) for index in range(len(self)))
-        return Alignment(**{**vars(self), "transforms": moved})
+        return Alignment(**{**vars(self), "transforms": moved, "symmetry": self.own_symmetry(reference)})
 
     def save(self, path: str | Path) -> None:
         """Writes the alignment as safetensors, its facts as JSON in the header.
@@ -346,6 +384,8 @@ class Alignment:
         if not tensors:  # nothing can move: the format still wants one tensor
             tensors["no spaces"] = torch.zeros(1)
         metadata = {"isthmus_alignment": json.dumps(facts), "isthmus_symmetry": self.symmetry.to_json()}
+        if self.symmetries:
+            metadata["isthmus_symmetries"] = json.dumps([own.to_json() for own in self.symmetries])
         save_state(tensors, path, metadata=metadata)
 
     @staticmethod
@@ -386,20 +426,30 @@ class Alignment:
             converged=facts["converged"],
             seconds=facts["seconds"],
             details=facts["details"],
+            symmetries=tuple(map(Symmetry.from_json, json.loads(metadata.get("isthmus_symmetries", "[]")))),
         )
 
 
-def apply(alignment: Alignment, model: nn.Module, index: int) -> nn.Module:
+def apply(alignment: Alignment, model: nn.Module, index: int, module: nn.Module | None = None) -> nn.Module:
     """A new module: `model`, which is number `index` of the alignment, carried into the common frame.
 
+    Args:
+        alignment: What `align` returned.
+        model: The model.
+        index: Its number.
+        module: A model of the common frame's widths, where those of `model` are others.
+
     Raises:
-        InputError: The alignment has no model of that number.
+        InputError: The alignment has no model of that number, or the model is of other widths than the common frame and
+            no `module` was given.
         ModelError: The model is not of the aligned architecture.
         TransformError: A transform cannot act exactly (a running variance under a linear map); `merge` can.
     """
     if not 0 <= index < len(alignment):
         raise InputError(f"index {index}: the alignment holds models 0 … {len(alignment) - 1}")
-    moved = copy.deepcopy(model)
-    state = move_state(model.state_dict(), alignment.transforms[index], alignment.symmetry)
-    moved.load_state_dict(state)
+    own = alignment.own_symmetry(index)
+    if module is None and own.shapes != alignment.symmetry.shapes:
+        raise InputError(f"model {index} has other widths than the common frame: give module=, a model of those widths")
+    moved = copy.deepcopy(model if module is None else module)
+    moved.load_state_dict(move_state(model.state_dict(), alignment.transforms[index], own))
     return moved

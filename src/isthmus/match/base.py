@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from isthmus.batches import is_labelled
 from isthmus.errors import DataError
-from isthmus.moments import Moments, collect
+from isthmus.moments import JointMoments, Moments, collect, collect_joint
 from isthmus.symmetry import Symmetry
 from isthmus.transform import Alignment, Permutation, Transform
 
@@ -24,12 +24,16 @@ class Problem:
         symmetry: Their spaces.
         data: Re-iterable batches, or None.
         seed: Seeds everything random.
+        symmetries: Every model's own symmetry, where widths differ and `symmetry` is the first model's; empty where all
+            share it.
     """
 
     models: Sequence[nn.Module]
     symmetry: Symmetry
     data: Any = None
     seed: int = 0
+    symmetries: Sequence[Symmetry] = ()
+    _joint: dict[str, dict[str, JointMoments]] = field(default_factory=dict, repr=False)
     _moments: dict[str, Moments] = field(default_factory=dict, repr=False)
 
     @property
@@ -52,6 +56,21 @@ class Problem:
             self._moments[at] = collect(self.models, self.symmetry, self.data, at=at)
         return self._moments[at]
 
+    def joint_moments(self, at: str) -> dict[str, JointMoments]:
+        """As `moments`, for models of several widths.
+
+        Raises:
+            DataError: There is no data, or it cannot be read.
+        """
+        if at not in self._joint:
+            symmetries = self.symmetries or [self.symmetry] * len(self.models)
+            self._joint[at], _ = collect_joint(self.models, symmetries, self.data, at=at)
+        return self._joint[at]
+
+    def own_symmetry(self, index: int) -> Symmetry:
+        """A model's own symmetry."""
+        return self.symmetries[index] if self.symmetries else self.symmetry
+
     def require(self, needs: str, who: str) -> None:
         """Refuses to go on without what a method needs.
 
@@ -72,6 +91,7 @@ class Match(Protocol):
     Attributes:
         name: The method's name in `METHODS`.
         exact: Whether all its transforms are permutations, so that every moved model keeps its function.
+        resizes: Whether it also aligns models of several widths (`Problem.symmetries`); False where it is left out.
         needs: What it needs beside the weights, which may depend on its options: `""`, `"data"` (batches; targets are
             not used) or `"labels"` (batches with targets).
     """

@@ -21,8 +21,8 @@ class MuDSC:
     """Maximises, space by space, alpha · activation similarity + (1 − alpha) · weight similarity, each standardised.
 
     Activation similarity is the correlation of two units; weight similarity the inner product of their weights, with
-    all other spaces as they are matched now, so that the spaces are swept, in graph order, until nothing changes. Each matrix is shifted and
-    scaled to mean 0 and standard deviation 1 before they are mixed.
+    all other spaces as they are matched now, so that the spaces are swept, in graph order, until nothing changes. Each
+    matrix is shifted and scaled to mean 0 and standard deviation 1 before they are mixed.
 
     Attributes:
         alpha: Share of the activations, from 0 to 1.
