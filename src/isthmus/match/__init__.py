@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from isthmus.batches import check_data
+from isthmus.batches import Batch, check_data
 from isthmus.errors import InputError
 from isthmus.match.activation_matching import ActivationMatching
 from isthmus.match.auto import Auto
@@ -17,14 +17,18 @@ from isthmus.match.c2m3 import C2M3
 from isthmus.match.cca import CCA
 from isthmus.match.identity import Identity
 from isthmus.match.mudsc import MuDSC
+from isthmus.match.ot_fusion import OTFusion
 from isthmus.match.procrustes import Procrustes
 from isthmus.match.subset_selection import SubsetSelection
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.match.zipit import ZipIt
-from isthmus.members import as_modules
+from isthmus.members import as_modules, as_own_modules, differ_in_width
 from isthmus.moments import symmetry_of
 from isthmus.registry import configure
-from isthmus.symmetry import Symmetry
+from isthmus.symmetry import Symmetry, check_counterpart
+from isthmus.trace import trace
+from isthmus.trace.capture import Program
+from isthmus.trace.reader import first_float
 from isthmus.transform import Alignment
 
 __all__ = [
@@ -35,6 +39,7 @@ __all__ = [
     "Identity",
     "Match",
     "MuDSC",
+    "OTFusion",
     "Problem",
     "Procrustes",
     "SubsetSelection",
@@ -53,6 +58,7 @@ METHODS: dict[str, type[Match]] = {
     "mudsc": MuDSC,
     "subset_selection": SubsetSelection,
     "c2m3": C2M3,
+    "ot_fusion": OTFusion,
     "zipit": ZipIt,
 }
 
@@ -70,7 +76,8 @@ def align(
     """One transform per space and model that carries all models into a common frame, that of the first.
 
     Args:
-        models: Modules or state dicts of one architecture; at least one must be a module, or `module` given.
+        models: Modules or state dicts of one architecture; at least one must be a module, or `module` given. Methods
+            that resize (`ot_fusion`) also take modules whose spaces correspond but are of other sizes.
         symmetry: What `trace` returned; found from `inputs` or the data's first batch if left out.
         method: A name in `METHODS`, or a configured method such as `isthmus.match.WeightMatching(restarts=10)`.
         data: Re-iterable batches, for methods that need them.
@@ -91,7 +98,28 @@ def align(
         raise InputError(f"seed={seed}: give 0 or more")
     if data is not None:
         check_data(data)
-    modules = as_modules(models, module)
+    unequal = models and module is None and getattr(configured, "resizes", False) and differ_in_width(models)
+    modules = as_own_modules(models) if unequal else as_modules(models, module)
     Problem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
     symmetry = symmetry_of(modules[0], symmetry, inputs, data)
-    return configured(Problem(modules, symmetry, data, seed))
+    symmetries = trace_counterparts(modules, symmetry) if unequal else ()
+    return configured(Problem(modules, symmetry, data, seed, symmetries))
+
+
+def trace_counterparts(models: Sequence[nn.Module], symmetry: Symmetry) -> tuple[Symmetry, ...]:
+    """Every model's own symmetry, where spaces correspond to those of the first but may be of other sizes.
+
+    Raises:
+        InputError: The first model's symmetry has no graph, and so no example inputs.
+        SymmetryError: A model's spaces do not correspond to those of the first.
+    """
+    if symmetry.program is None:
+        raise InputError("models of several widths are traced one by one: give inputs=(x,), or data=")
+    program: Program = symmetry.program.program
+    found = [symmetry]
+    for index, model in enumerate(models[1:], start=1):
+        own = first_float(model.state_dict())
+        example = Batch(program.args, program.kwargs).to(own.device, own.dtype)
+        found.append(trace(model, *example.args, kwargs=example.kwargs))
+        check_counterpart(symmetry, found[-1], f"model {index}")
+    return tuple(found)
