@@ -101,8 +101,8 @@ def frank_wolfe(
     return permutations, values, evaluations
 
 
-def pairwise(spec: Spec, a: State, b: State, gap: float, steps: int = 100) -> Permutations:
-    """Frank-Wolfe for two models: max over P of Σ ⟨W_A, P W_B Qᵀ⟩, a parabola along each step."""
+def pairwise(spec: Spec, a: State, b: State, gap: float, steps: int = 100) -> Point:
+    """Where Frank-Wolfe for two models ends: max over P of Σ ⟨W_A, P W_B Qᵀ⟩, a parabola along each step."""
     point = identities(spec, a)
     for _ in range(steps):
         slope = {space: gradient(spec, [identities(spec, a), point], [a, b], 1, space) for space in spec}
@@ -119,4 +119,4 @@ def pairwise(spec: Spec, a: State, b: State, gap: float, steps: int = 100) -> Pe
         rise = high - low - bend
         t = 1.0 if bend >= 0 or -rise / (2 * bend) >= 1 else -rise / (2 * bend)
         point = {space: (1 - t) * matrix + t * corner[space] for space, matrix in point.items()}
-    return {space: nearest(matrix).argmax(axis=1) for space, matrix in point.items()}
+    return point

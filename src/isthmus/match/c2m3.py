@@ -19,8 +19,8 @@ from isthmus.match.weight_objective import WeightObjective
 from isthmus.progress import progress
 from isthmus.transform import Alignment, Transform
 
-# Steps of Frank-Wolfe from one start, at a budget of 1.
-STEPS = 100
+# Steps of Frank-Wolfe from one start, at a budget of 1; as many again for each model that is matched to model 0 first.
+STEPS = 50
 # Frank-Wolfe has converged when no point can promise, to first order, a rise by more than this share of the objective.
 GAP = 1e-4
 # Sweeps of one coordinate descent, and rounds over all models, as in weight matching.
@@ -41,20 +41,22 @@ class C2M3:
     it, until the polish.
 
     Each restart starts elsewhere: the first where the models are, the second at the mean of all permutations, all later
-    ones halfway between that mean and random permutations. The best one is kept.
+    ones halfway between that mean and random permutations. Of three and more models, each is first matched to model 0
+    in the same way, as a pair, and the search over all goes on from there. The best restart is kept.
 
     Attributes:
         restarts: How many starts to try.
         budget: Multiplies the number of steps that a start may take.
         pinned: Hold model 0 still while the others move. Whatever moves all models alike changes nothing, so no optimum
-            is lost; two models are then matched as a pair. False moves all models, as the paper does.
+            is lost. False moves all models from the start on, as the paper does; none are matched as pairs first.
         polish: Go on from the projected permutations by the coordinate descent of weight matching, and keep weight
             matching's own result, from where the models are, if it is better.
         frame: The common frame: `"first"`, that of model 0, or `"universe"`, where the search ended.
 
     Source: Crisostomi, Fumero, Baieri, Bernard, Rodolà, C²M³: Cycle-Consistent Multi-Model Merging, NeurIPS 2024. The
-        starts, the pinned model, the polish and the treatment of nested spaces are this project's own, as is the
-        stopping rule; in the paper, as far as it could be read, all models start at the identity and all move.
+        mean start, the pinned model, the pairs first, the polish, the stopping rule and the treatment of nested spaces
+        are this project's own; in the authors' code all models move from one common start, and the step size is
+        searched numerically, with up to 20 evaluations.
     """
 
     restarts: int = 2
@@ -137,13 +139,21 @@ class C2M3:
     ) -> tuple[list[dict[str, Transform]], dict[str, Any]]:
         """Frank-Wolfe from one start: the projected permutations of every model, and what happened on the way."""
         points, start = starting_points(relaxed, seed, restart)
-        points, steps, value, gap = frank_wolfe(relaxed, points, max(1, round(STEPS * self.budget)))
+        limit = max(1, round(STEPS * self.budget))
+        pair_steps = []
+        if self.pinned and len(points) > 2:
+            for index in relaxed.moving:
+                pair = relaxed.pair(0, index)
+                (_, points[index]), taken, _, _ = frank_wolfe(pair, [points[0], points[index]], limit)
+                pair_steps.append(taken)
+        points, steps, value, gap = frank_wolfe(relaxed, points, limit)
         transforms = []
         for index, own in enumerate(relaxed.transforms):
             nearest = relaxed.oracle({name: m.numpy() for name, m in points[index].items()})
             transforms.append(dict(own) | (nearest if index in relaxed.moving else {}))
         return transforms, {
             "start": start,
+            "pair_steps": pair_steps,
             "steps": steps,
             "relaxed": value,
             "relaxed_gap": gap,

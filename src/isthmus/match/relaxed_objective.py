@@ -106,6 +106,12 @@ class RelaxedObjective:
                         tensor = move_site(tensor, site, self.transforms[index][space.name])
                 self.tensors[name].append(tensor)
 
+    def pair(self, first: int, second: int) -> "RelaxedObjective":
+        """The objective of two of the models, of which the second moves."""
+        states = [self.states[first], self.states[second]]
+        transforms = [self.transforms[first], self.transforms[second]]
+        return RelaxedObjective(self.symmetry, states, self.parameters, transforms, [1])
+
     @property
     def spaces(self) -> list[Space]:
         """The relaxed spaces, families one after the other, parents first."""
