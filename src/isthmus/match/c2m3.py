@@ -54,9 +54,9 @@ class C2M3:
         frame: The common frame: `"first"`, that of model 0, or `"universe"`, where the search ended.
 
     Source: Crisostomi, Fumero, Baieri, Bernard, Rodolà, C²M³: Cycle-Consistent Multi-Model Merging, NeurIPS 2024. The
-        mean start, the pinned model, the pairs first, the polish, the stopping rule and the treatment of nested spaces
-        are this project's own; in the authors' code all models move from one common start, and the step size is
-        searched numerically, with up to 20 evaluations.
+        pinned model, the pairs first, the polish, the stopping rule and the treatment of nested spaces are this
+        project's own; in the authors' code all models move from one common start, and the step size is searched
+        numerically, with up to 20 evaluations.
     """
 
     restarts: int = 2
