@@ -398,9 +398,7 @@ def build_recipe(
     Raises:
         InputError: No architecture, weights that do not fit, or an unknown option.
     """
-    averaging = {
-        name.removeprefix("average."): value for name, value in options.items() if name.startswith("average.")
-    }
+    averaging = {name.removeprefix("average."): value for name, value in options.items() if name.startswith("average.")}
     options = {name: value for name, value in options.items() if not name.startswith("average.")}
     check_option_names(method, options)
     if model is None:
