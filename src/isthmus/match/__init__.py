@@ -16,9 +16,12 @@ from isthmus.match.base import Match, Problem
 from isthmus.match.c2m3 import C2M3
 from isthmus.match.cca import CCA
 from isthmus.match.identity import Identity
+from isthmus.match.learned import Learned
 from isthmus.match.mudsc import MuDSC
 from isthmus.match.ot_fusion import OTFusion
 from isthmus.match.procrustes import Procrustes
+from isthmus.match.sinkhorn import Sinkhorn
+from isthmus.match.straight_through import StraightThrough
 from isthmus.match.subset_selection import SubsetSelection
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.match.zipit import ZipIt
@@ -37,11 +40,14 @@ __all__ = [
     "METHODS",
     "ActivationMatching",
     "Identity",
+    "Learned",
     "Match",
     "MuDSC",
     "OTFusion",
     "Problem",
     "Procrustes",
+    "Sinkhorn",
+    "StraightThrough",
     "SubsetSelection",
     "WeightMatching",
     "ZipIt",
@@ -58,6 +64,9 @@ METHODS: dict[str, type[Match]] = {
     "mudsc": MuDSC,
     "subset_selection": SubsetSelection,
     "c2m3": C2M3,
+    "ste": StraightThrough,
+    "sinkhorn": Sinkhorn,
+    "learned": Learned,
     "ot_fusion": OTFusion,
     "zipit": ZipIt,
 }

@@ -1,0 +1,266 @@
+"""Searching for transforms by gradients of the task loss: the loss of a merged network, soft moves, and the best seen.
+
+A search follows gradients on one part of the data and judges what it finds on the rest. Networks are run with the
+statistics of the batch in layers that keep running statistics, since those of a merged network are unknown.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.func import functional_call
+
+from isthmus.batches import Batch
+from isthmus.errors import DataError, InputError
+from isthmus.match.base import Problem, State
+from isthmus.match.held_out import split_batches
+from isthmus.progress import progress
+from isthmus.repair import normalisation_layers
+from isthmus.score import IGNORED, cross_entropy
+from isthmus.symmetry import Symmetry
+from isthmus.transform import LinearMap, Permutation, Transform, Transforms, move_site, move_state
+
+# Share of the batches, the last ones, on which what was found is judged.
+HELD_OUT = 0.1
+# How often a search stops to judge what it has.
+CHECKS = 5
+
+
+class TaskLoss:
+    """The task loss of a network of given weights, in float32 at least, differentiable in them.
+
+    Args:
+        problem: The models, of which the first gives the architecture, and labelled data.
+        batch: Largest number of samples a gradient is taken on; larger batches of the data are split evenly.
+
+    Raises:
+        DataError: No labelled data, or a single batch.
+    """
+
+    def __init__(self, problem: Problem, batch: int) -> None:
+        problem.require("labels", "a search by the task loss")
+        self.symmetry = problem.symmetry
+        self.states = working_states(problem)
+        self.network = copy.deepcopy(problem.models[0]).requires_grad_(False).eval()
+        for tensor in [*self.network.parameters(), *self.network.buffers()]:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(self.dtype)
+        for layer in normalisation_layers(self.network):
+            layer.track_running_stats = False  # or the statistics that it is given would be overwritten
+            layer.train()
+        fitting, self.held = split_batches(problem.data, HELD_OUT)
+        self.fitting = [part for whole in fitting for part in parts_of(whole, batch)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of all computations."""
+        return next((t.dtype for t in self.states[0].values() if t.is_floating_point()), torch.float32)
+
+    def at(self, state: State, batch: Batch) -> Tensor:
+        """The mean loss of the network with these weights on a batch.
+
+        Raises:
+            DataError: A batch of one sample for a network with BatchNorm, or a target that is no class of the model.
+            ModelError: The outputs are no class scores.
+        """
+        device = next((t.device for t in state.values()), torch.device("cpu"))
+        batch = batch.to(device, self.dtype).clone()
+        try:
+            output = functional_call(self.network, dict(state), batch.args, dict(batch.kwargs))
+        except ValueError as error:  # what BatchNorm raises where it sees one value a channel
+            if batch.size > 1:
+                raise
+            raise DataError("a batch of one sample has no variance: use larger batches, or drop it") from error
+        return cross_entropy(output, batch.targets)
+
+    def held_out(self, state: State) -> float:
+        """The mean loss over the targets that are held out; infinite if it is no number."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in self.held:
+                targets = int((batch.targets != IGNORED).sum())
+                if targets:
+                    total += float(self.at(state, batch)) * targets
+                    count += targets
+        if not count:
+            raise DataError("the held-out batches have no targets that count: give more batches")
+        return total / count if math.isfinite(total) else math.inf
+
+    def batches(self, generator: torch.Generator) -> "Stream":
+        """The fitting batches, in a new random order every time round."""
+        return Stream(self.fitting, generator)
+
+    def moved(self, index: int, transforms: Transforms) -> dict[str, Tensor]:
+        """The weights of one model carried into the common frame."""
+        return move_state(self.states[index], transforms, self.symmetry, reset_variances=True)
+
+
+class Stream:
+    """Batches without end.
+
+    Args:
+        batches: All batches.
+        generator: Draws their order, a new one every time round.
+    """
+
+    def __init__(self, batches: Sequence[Batch], generator: torch.Generator) -> None:
+        self.all = batches
+        self.generator = generator
+        self.order: list[int] = []
+
+    def next(self) -> Batch:
+        """The next batch."""
+        if not self.order:
+            self.order = torch.randperm(len(self.all), generator=self.generator).tolist()
+        return self.all[self.order.pop()]
+
+
+def working_states(problem: Problem) -> list[dict[str, Tensor]]:
+    """Every model's parameters and persistent buffers under their first names, in one precision of float32 at least.
+
+    Integer buffers are those of the first model.
+    """
+    first = problem.models[0]
+    own = {name for name, _ in [*first.named_parameters(), *first.named_buffers()]}  # tied tensors appear once
+    states = [{name: t.detach() for name, t in state.items() if name in own} for state in problem.states]
+    dtype = torch.float32
+    for state in states:
+        for tensor in state.values():
+            dtype = torch.promote_types(dtype, tensor.dtype) if tensor.is_floating_point() else dtype
+    return [
+        {name: t.to(dtype) if t.is_floating_point() else states[0][name] for name, t in state.items()}
+        for state in states
+    ]
+
+
+def parts_of(batch: Batch, size: int) -> list[Batch]:
+    """A batch in even parts of at most `size` samples; whole where the targets are not one row a sample."""
+    targets = batch.targets
+    if batch.size <= size or not isinstance(targets, Tensor) or len(targets) != batch.size:
+        return [batch]
+    parts = math.ceil(batch.size / size)
+    bounds = [batch.size * part // parts for part in range(parts + 1)]
+
+    def between(start: int, end: int) -> Batch:
+        return replace(batch.mapped(lambda x: x[start:end]), targets=targets[start:end])
+
+    return [between(start, end) for start, end in pairwise(bounds)]
+
+
+def combine(states: Sequence[State], coefficients: Sequence[float]) -> dict[str, Tensor]:
+    """Σ_m c_m W_m; tensors that are no floating-point numbers are those of the first state."""
+    merged = {}
+    for name, tensor in states[0].items():
+        if tensor.is_floating_point():
+            tensor = coefficients[0] * tensor
+            for state, coefficient in zip(states[1:], coefficients[1:], strict=True):
+                tensor = tensor + coefficient * state[name]
+        merged[name] = tensor
+    return merged
+
+
+def move_softly(state: State, maps: Mapping[str, LinearMap], symmetry: Symmetry) -> dict[str, Tensor]:
+    """The state with every space moved by matrices, differentiable in them.
+
+    Equal to `move_state` where the matrices are permutations. Running variances are moved as an expectation, by `into`:
+    no more than a guess, good for a network that does not use them while it is searched for.
+    """
+    moved = dict(state)
+    for name, sites in symmetry.sites.items():
+        tensor = state[name]
+        for space, site in sites:
+            place = replace(site, role="vector") if site.role == "variance" else site
+            tensor = move_site(tensor, place, maps[space.name])
+        moved[name] = tensor
+    return moved
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search found.
+
+    Attributes:
+        transforms: The best ones seen, one a model.
+        value: Their loss.
+        converged: Whether the last check found nothing better.
+        details: The losses at the start and at every check, and the step at which the best was seen.
+    """
+
+    transforms: list[dict[str, Transform]]
+    value: float
+    converged: bool
+    details: Mapping[str, Any]
+
+
+def search(
+    start: Sequence[Transforms],
+    judge: Callable[[Sequence[Transforms]], float],
+    step: Callable[[], None],
+    current: Callable[[], Sequence[Transforms]],
+    steps: int,
+    what: str,
+) -> Found:
+    """Takes steps and keeps the best of what the checks on the way judge; what was judged already is not judged again.
+
+    Args:
+        start: Transforms to be better than, one set a model.
+        judge: The loss of transforms.
+        step: Takes one step.
+        current: The transforms where the search is.
+        steps: How many steps to take.
+        what: What is being done, for the progress bar.
+    """
+    best, checked = [dict(each) for each in start], list(start)
+    lowest = loss = first = judge(start)
+    losses: list[float] = []
+    best_step = 0
+    checks = {max(1, round(steps * (check + 1) / CHECKS)) for check in range(CHECKS)}
+    for index in progress(range(1, steps + 1), what):
+        step()
+        if index not in checks:
+            continue
+        now = current()
+        if not all(alike(a, b) for a, b in zip(now, checked, strict=True)):
+            loss, checked = judge(now), list(now)
+        losses.append(loss)
+        if loss < lowest:
+            best, lowest, best_step = [dict(each) for each in now], loss, index
+    details = {"start": first, "best": lowest, "best_step": best_step, "checks": losses, "steps": steps}
+    finite = {key: None if value == math.inf else value for key, value in details.items() if key != "checks"}
+    told = finite | {"checks": [None if value == math.inf else value for value in losses]}
+    return Found(best, lowest, best_step < steps, told)
+
+
+def alike(a: Transforms, b: Transforms) -> bool:
+    """Whether two sets of transforms are the same permutations; linear maps are never taken for the same."""
+    pairs = [(transform, b[name]) for name, transform in a.items()]
+    return all(
+        isinstance(x, Permutation) and isinstance(y, Permutation) and bool((x.indices == y.indices).all())
+        for x, y in pairs
+    )
+
+
+def matrices(indices: Int[Any, "copies size"], like: Tensor) -> Tensor:
+    """Permutation matrices, one a copy: row i has its one in column `indices[i]`."""
+    found = torch.zeros(*indices.shape, indices.shape[1], dtype=like.dtype, device=like.device)
+    return found.scatter_(2, torch.from_numpy(indices).to(like.device).unsqueeze(2), 1)
+
+
+def check_search(learning_rate: float, steps: int, budget: float, batch: int) -> None:
+    """Refuses options with which nothing can be searched.
+
+    Raises:
+        InputError: One of them is out of range.
+    """
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise InputError(f"learning_rate={learning_rate}: give a positive number")
+    if steps < 1 or batch < 1:
+        raise InputError(f"steps={steps}, batch={batch}: both must be at least 1")
+    if not (math.isfinite(budget) and budget > 0):
+        raise InputError(f"budget={budget}: give a positive number; 1 is the default number of steps")

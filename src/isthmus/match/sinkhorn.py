@@ -1,0 +1,186 @@
+"""Sinkhorn Re-Basin: permutations relaxed to doubly stochastic matrices and found by gradients."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from isthmus.assignment import solve_laps
+from isthmus.errors import InputError
+from isthmus.match.base import Problem, State, identity_transforms
+from isthmus.match.gradient_search import (
+    TaskLoss,
+    check_search,
+    combine,
+    matrices,
+    move_softly,
+    search,
+    working_states,
+)
+from isthmus.match.many import Pair, all_to_one, check_reference
+from isthmus.match.weight_matching import best_of_starts
+from isthmus.match.weight_objective import WeightObjective
+from isthmus.transform import Alignment, LinearMap, Permutation, Transform, Transforms, move_state
+
+LOSSES = ("l2", "midpoint", "random")
+STARTS = ("weight_matching", "identity")
+# λ at which permutations are judged where the loss is taken at a random one.
+LAMBDAS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Sinkhorn:
+    """P = Sinkhorn(X/τ): free matrices X, made doubly stochastic, follow the gradient of a loss by Adam.
+
+    Rows and columns of exp(X/τ) are normalised in turn, in log space, and the gradient goes back through all turns.
+    Every tensor of B is moved by P on the units it produces and by Pᵀ on those it reads. At the end, and at checks on
+    the way, each P is rounded to the permutation that a linear assignment problem on X finds; the one with the lowest
+    loss is kept, the start among them.
+
+    Losses: `"l2"`, the squared distance of A from the moved B; `"midpoint"`, the task loss at (A + π(B)) / 2;
+    `"random"`, the task loss at λ ~ U(0, 1). Task losses are followed on one part of the data and judged on the rest,
+    at ½, or at ¼, ½ and ¾. BatchNorm normalises by the batch meanwhile.
+
+    Attributes:
+        loss: `"l2"` (needs nothing), `"midpoint"` or `"random"` (need labels).
+        temperature: τ; X starts at the start's permutation matrices, so that τ says how sharp P is.
+        iterations: Turns of normalisation.
+        learning_rate: Adam's.
+        steps: Steps of Adam.
+        budget: Multiplies the number of steps.
+        batch: Samples a gradient is taken on, at most; larger batches of the data are split.
+        start: Weight matching's permutations, or the models as they are (`"identity"`).
+        reference: Three and more models: which one all others are carried to, `"first"`, `"best"` or `"medoid"`.
+
+    Source: Peña, Medeiros, Dubail, Aminbeidokhti, Granger, Pedersoli, Re-basin via implicit Sinkhorn differentiation,
+        CVPR 2023. The paper differentiates the fixed point implicitly; here the turns are unrolled. Its values of τ, of
+        the number of turns and of the learning rate could not be checked. The start from weight matching, and judging
+        on held-out batches, are this project's own.
+    """
+
+    loss: str = "midpoint"
+    temperature: float = 0.1
+    iterations: int = 10
+    learning_rate: float = 0.05
+    steps: int = 60
+    budget: float = 1.0
+    batch: int = 100
+    start: str = "weight_matching"
+    reference: str = "first"
+
+    name: ClassVar[str] = "sinkhorn"
+    exact: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> str:
+        """Labels, unless the loss is the distance of weights and the reference needs no loss either."""
+        return "" if self.loss == "l2" and self.reference != "best" else "labels"
+
+    def __post_init__(self) -> None:
+        check_search(self.learning_rate, self.steps, self.budget, self.batch)
+        check_reference(self.reference)
+        if self.loss not in LOSSES:
+            raise InputError(f"loss={self.loss!r}: use one of {', '.join(LOSSES)}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(f"temperature={self.temperature}: give a positive number")
+        if self.iterations < 1:
+            raise InputError(f"iterations={self.iterations}: give at least 1")
+        if self.start not in STARTS:
+            raise InputError(f"start={self.start!r}: use one of {', '.join(STARTS)}")
+
+    def __call__(self, problem: Problem) -> Alignment:
+        """The alignment; its objective is the negative loss of the kept permutations, summed over pairs.
+
+        Raises:
+            DataError: A task loss without labelled data, or a single batch, of which nothing can be held out.
+            ModelError: The outputs are no class scores for the targets.
+        """
+        alone = len(problem.models) < 2 or not len(problem.symmetry)
+        task = None if alone or self.loss == "l2" else TaskLoss(problem, self.batch)
+        states = working_states(problem) if task is None else task.states
+
+        def match_pair(fixed: int, moved: int) -> Pair:
+            if alone:
+                return Pair(identity_transforms(problem.symmetry))
+            return self.match(problem, states[fixed], states[moved], task)
+
+        return all_to_one(problem, self.name, match_pair, self.reference)
+
+    def match(self, problem: Problem, fixed: State, moved: State, task: TaskLoss | None) -> Pair:
+        """The permutations that carry the second state into the frame of the first."""
+        symmetry, names = problem.symmetry, problem.parameters
+        start = identity_transforms(symmetry)
+        if self.start == "weight_matching":
+            objective = WeightObjective(symmetry, fixed, moved, names)
+            start, _, _ = best_of_starts(objective, 3, 100, problem.seed)
+        carried = move_state(moved, start, symmetry, reset_variances=True)
+        if all(torch.equal(fixed[name], carried[name]) for name in names):
+            return Pair(start, details={"equal": True})
+        like = next(t for t in fixed.values() if t.is_floating_point())
+        latents = {
+            name: matrices(start[name].indices, like).requires_grad_()  # type: ignore[union-attr]
+            for name in start
+        }
+        optimizer = torch.optim.Adam(list(latents.values()), lr=self.learning_rate)
+        generator = torch.Generator().manual_seed(problem.seed)
+        batches = None if task is None else task.batches(generator)
+
+        def loss_at(state: State) -> Tensor:
+            if batches is None or task is None:
+                return squared_distance(fixed, state, names)
+            t = 0.5
+            if self.loss == "random":
+                t = float(torch.rand((), generator=generator))
+            return task.at(combine([fixed, state], [1 - t, t]), batches.next())
+
+        def step() -> None:
+            maps = {name: doubly_stochastic(x, self.temperature, self.iterations) for name, x in latents.items()}
+            loss = loss_at(move_softly(moved, maps, symmetry))
+            for latent, gradient in zip(
+                latents.values(), torch.autograd.grad(loss, list(latents.values())), strict=True
+            ):
+                latent.grad = gradient
+            optimizer.step()
+
+        def judge(transforms: Sequence[Transforms]) -> float:
+            state = move_state(moved, transforms[0], symmetry)
+            if task is None:
+                return float(squared_distance(fixed, state, names))
+            places = LAMBDAS if self.loss == "random" else (0.5,)
+            return sum(task.held_out(combine([fixed, state], [1 - t, t])) for t in places) / len(places)
+
+        steps = max(1, round(self.steps * self.budget))
+        found = search([start], judge, step, lambda: [rounded(latents)], steps, "sinkhorn")
+        return Pair(
+            found.transforms[0],
+            -found.value if math.isfinite(found.value) else None,
+            converged=found.converged,
+            details=found.details,
+        )
+
+
+def doubly_stochastic(latent: Float[Tensor, "copies size size"], temperature: float, iterations: int) -> LinearMap:
+    """Sinkhorn(X/τ) in log space; the last turn makes the sums of columns exactly one.
+
+    Its transpose stands for the inverse, which it is where it is a permutation.
+    """
+    logarithm = latent / temperature
+    for _ in range(iterations):
+        logarithm = logarithm - logarithm.logsumexp(dim=2, keepdim=True)
+        logarithm = logarithm - logarithm.logsumexp(dim=1, keepdim=True)
+    matrix = logarithm.exp()
+    return LinearMap(matrix, matrix.transpose(1, 2))
+
+
+def rounded(latents: Mapping[str, Tensor]) -> dict[str, Transform]:
+    """The permutations that gather most of the latent matrices."""
+    return {name: Permutation(solve_laps(latent.detach().double().cpu().numpy())) for name, latent in latents.items()}
+
+
+def squared_distance(fixed: State, moved: State, names: frozenset[str]) -> Tensor:
+    """Σ_W ‖W^A − W^B‖² over trained tensors, summed in float64."""
+    return torch.stack([(fixed[name] - moved[name]).square().sum(dtype=torch.float64) for name in sorted(names)]).sum()

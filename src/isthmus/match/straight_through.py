@@ -1,0 +1,158 @@
+"""Straight-through estimator: permutations found by gradients of the merged network's loss."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isthmus.errors import InputError
+from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.gradient_search import TaskLoss, check_search, combine, search
+from isthmus.match.weight_matching import WeightMatching, descend
+from isthmus.match.weight_objective import WeightObjective
+from isthmus.transform import Alignment, Transform, Transforms
+
+# Sweeps of one projection.
+SWEEPS = 100
+STARTS = ("weight_matching", "identity")
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """Free weights follow the gradient of the merged network's loss, which passes straight through their projection.
+
+    The free weights θ start at model A. Each step projects them on the orbit of B, π = argmax ⟨θ, π(B)⟩ by the
+    coordinate descent of weight matching from the last π on; takes the gradient of the loss at (A + π(B)) / 2 with
+    respect to π(B), as if π(B) were θ; and moves θ by Adam. The π with the lowest loss on held-out batches is kept, the
+    start among them. N models have free weights each, all but the first, and every step merges them with weights drawn
+    uniformly from the simplex; they are judged by their mean.
+
+    BatchNorm normalises by the batch while the loss is taken. Models that the start makes equal are left there: nothing
+    lies between them.
+
+    Attributes:
+        learning_rate: Adam's.
+        steps: Steps of Adam.
+        budget: Multiplies the number of steps.
+        batch: Samples a gradient is taken on, at most; larger batches of the data are split.
+        start: Projections go on from weight matching's permutations, or from where the models are (`"identity"`).
+
+    Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin, ICLR 2023, Algorithm 2. For three and more models the idea is
+        that of the straight-through estimator for many models (STE-MM), ICML 2025, of which only a summary could be
+        read: uniform weights on the simplex are an assumption. The held-out judgement and the start from weight
+        matching are this project's own.
+    """
+
+    learning_rate: float = 3e-3
+    steps: int = 60
+    budget: float = 1.0
+    batch: int = 100
+    start: str = "weight_matching"
+
+    name: ClassVar[str] = "ste"
+    exact: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> str:
+        """Batches with targets."""
+        return "labels"
+
+    def __post_init__(self) -> None:
+        check_search(self.learning_rate, self.steps, self.budget, self.batch)
+        if self.start not in STARTS:
+            raise InputError(f"start={self.start!r}: use one of {', '.join(STARTS)}")
+
+    def __call__(self, problem: Problem) -> Alignment:
+        """The alignment; its objective is the negative loss of the models' mean on the held-out batches.
+
+        Raises:
+            DataError: No labelled data, or a single batch, of which nothing can be held out.
+            ModelError: The outputs are no class scores for the targets.
+        """
+        begun = time.perf_counter()
+        symmetry, count = problem.symmetry, len(problem.models)
+        still = [identity_transforms(symmetry) for _ in range(count)]
+        if count < 2 or not len(symmetry):
+            return Alignment(symmetry, tuple(still), self.name)
+        start = still
+        if self.start == "weight_matching":
+            matched = WeightMatching(many="all_to_one")(problem)
+            start = [dict(each) for each in matched.transforms]
+        task = TaskLoss(problem, self.batch)
+        walk = Walk(problem, task, start, self.learning_rate)
+        if walk.is_over:
+            return Alignment(symmetry, tuple(start), self.name, details={"equal": True})
+
+        def judge(transforms: Sequence[Transforms]) -> float:
+            moved = [task.moved(index, each) for index, each in enumerate(transforms)]
+            return task.held_out(combine(moved, [1 / count] * count))
+
+        steps = max(1, round(self.steps * self.budget))
+        found = search(start, judge, walk.step, lambda: walk.transforms, steps, "straight-through estimator")
+        return Alignment(
+            symmetry,
+            tuple(found.transforms),
+            method=self.name,
+            objective=-found.value if math.isfinite(found.value) else None,
+            converged=found.converged,
+            seconds=time.perf_counter() - begun,
+            details=found.details,
+        )
+
+
+class Walk:
+    """Free weights of every model but the first, and the permutations that they are projected to.
+
+    Args:
+        problem: The models.
+        task: Their loss.
+        start: Permutations of every model that the first projections go on from.
+        learning_rate: Adam's.
+    """
+
+    def __init__(
+        self, problem: Problem, task: TaskLoss, start: Sequence[dict[str, Transform]], learning_rate: float
+    ) -> None:
+        self.symmetry, self.parameters, self.task = problem.symmetry, problem.parameters, task
+        self.transforms = [dict(each) for each in start]
+        self.moved = [task.moved(index, each) for index, each in enumerate(start)]
+        self.names = [name for name in problem.symmetry.sites if name in problem.parameters]
+        self.free: list[dict[str, Tensor]] = [
+            {name: task.states[0][name].clone() for name in self.names} for _ in range(1, len(start))
+        ]
+        self.optimizer = torch.optim.Adam([t for each in self.free for t in each.values()], lr=learning_rate)
+        self.rng = np.random.default_rng([problem.seed, len(start)])
+        self.batches = task.batches(torch.Generator().manual_seed(problem.seed))
+        self.project()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all moved models are equal."""
+        first, *others = self.moved
+        return all(torch.equal(first[name], other[name]) for other in others for name in self.parameters)
+
+    def step(self) -> None:
+        """Moves the free weights along the gradient, and projects them."""
+        count = len(self.moved)
+        weights = [0.5, 0.5] if count == 2 else self.rng.dirichlet(np.ones(count)).tolist()
+        merged = combine(self.moved, weights)
+        leaves = [merged[name].requires_grad_() for name in self.names]
+        loss = self.task.at(merged, self.batches.next())
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for weight, free in zip(weights[1:], self.free, strict=True):
+            for name, gradient in zip(self.names, gradients, strict=True):
+                free[name].grad = None if gradient is None else weight * gradient
+        self.optimizer.step()
+        self.project()
+
+    def project(self) -> None:
+        """The permutations of every model that bring it nearest to its free weights, from the last ones on."""
+        for index, free in enumerate(self.free, start=1):
+            objective = WeightObjective(self.symmetry, free, self.task.states[index], frozenset(self.names))
+            self.transforms[index], _ = descend(objective, self.transforms[index], SWEEPS, self.rng)
+            self.moved[index] = self.task.moved(index, self.transforms[index])
