@@ -245,6 +245,8 @@ def check_counterpart(frame: Symmetry, own: Symmetry, who: str) -> None:
                 f"{who}, space {space.name}: nested spaces must be of one size in all models, here "
                 f"{space.copies} × {space.size} and {other.copies} × {other.size}"
             )
+    for space in frame:
+        other = found[space.name]
         places, others = (
             [(s.parameter, s.dims, s.role, s.positions.shape[2]) for s in each.sites] for each in (space, other)
         )

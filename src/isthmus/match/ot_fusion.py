@@ -12,7 +12,6 @@ from torch import Tensor
 
 from isthmus.assignment import solve_lap
 from isthmus.errors import InputError, SymmetryError
-from isthmus.layers import Layer, folded, layers_of
 from isthmus.match.base import Problem, State, identity_transforms
 from isthmus.match.families import family_of, roots_of, solve_family
 from isthmus.match.many import Pair, all_to_one, check_reference
@@ -24,9 +23,10 @@ from isthmus.transform import Alignment, LinearMap, Permutation, Transform, move
 Cost = Float[np.ndarray, "frame moved"]
 Plan = Float[np.ndarray, "frame moved"]
 
-# Iterations of Sinkhorn's algorithm, and the change of the marginals at which it stops.
-ITERATIONS = 1000
-TOLERANCE = 1e-7
+# Iterations of Sinkhorn's algorithm, and the error of the marginals (Euclidean, of a mass of one) at which it stops.
+# What is left of it does not reach the maps, whose rows are normalised.
+ITERATIONS = 300
+TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class OTFusion:
         coupling: `"hard"`, the exact plan (EMD), or `"soft"`, the entropic one (Sinkhorn).
         regularisation: Strength of the entropy as a share of the mean cost; for `"soft"`.
         at: Where activations are read: `"post"`, as consumers receive them, or `"pre"`.
-        fold: By weights: fold BatchNorm into the layer before it, so that only what it computes counts.
         passes: By weights: how often all spaces are treated.
         reference: Three and more models: which one all others are carried to, `"first"`, `"best"` (the lowest loss on
             the data, which needs labels) or `"medoid"` (the smallest summed cost); models of several widths: `"first"`.
@@ -58,14 +57,13 @@ class OTFusion:
     Source: Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, Algorithm 1. The paper's consumers read
         T diag(1/μ) as this project reads the text, which for equal widths is the same; for others it would scale what
         they receive by the ratio of the widths, so that a network is not recovered from one whose units were doubled.
-        Uncertain: whether the paper's cost includes biases. Further passes and folding are this project's own.
+        Uncertain: whether the paper's cost includes biases. Further passes are this project's own.
     """
 
     by: str = "activations"
     coupling: str = "hard"
     regularisation: float = 0.01
     at: str = "post"
-    fold: bool = True
     passes: int = 2
     reference: str = "first"
 
@@ -128,7 +126,7 @@ class OTFusion:
                 f"space {nested[0].name} holds nested spaces: models of several widths with such are carried over "
                 "by='activations'"
             )
-        weights = ProducerWeights.of(problem, self.fold, fixed, moved)
+        weights = ProducerWeights.of(problem, fixed, moved)
         objective = None
         if nested:
             objective = WeightObjective(symmetry, problem.states[fixed], problem.states[moved], problem.parameters)
@@ -232,23 +230,15 @@ class ProducerWeights:
     places: Mapping[str, list[tuple[Space, Site, Site]]]
 
     @staticmethod
-    def of(problem: Problem, fold: bool, fixed: int, moved: int) -> "ProducerWeights":
-        """The trained tensors of two models, BatchNorm folded into the layers before it if asked for.
-
-        Raises:
-            InputError: Folding without a graph.
-        """
-        layers: list[Layer] = []
-        if fold and len(problem.symmetry):
-            if problem.symmetry.program is None:
-                raise InputError("ot_fusion with fold=True reads the graph: give inputs=(x,) to align, or fold=False")
-            layers = [layer for layer in layers_of(problem.symmetry) if layer.norm]
+    def of(problem: Problem, fixed: int, moved: int) -> "ProducerWeights":
+        """The trained tensors of two models that some space touches, in float64."""
         both = (problem.own_symmetry(fixed).sites, problem.own_symmetry(moved).sites)
         places = {
             name: [(space, a, b) for (space, a), (_, b) in zip(sites, both[1][name], strict=True)]
             for name, sites in both[0].items()
         }
-        states = [folded_state(problem, layers, index) for index in (fixed, moved)]
+        names = problem.parameters & places.keys()
+        states = [{name: problem.states[index][name].double().cpu() for name in names} for index in (fixed, moved)]
         return ProducerWeights(states[0], states[1], places)
 
     def cost(self, space: Space, transforms: Mapping[str, Transform]) -> Cost:
@@ -289,20 +279,6 @@ class ProducerWeights:
         return squares.clamp_min(0)
 
 
-def folded_state(problem: Problem, layers: list[Layer], index: int) -> dict[str, Tensor]:
-    """A model's trained tensors in float64; what is folded stands as the product's weight and the norm's bias."""
-    state = problem.states[index]
-    found = {name: state[name].double().cpu() for name in problem.parameters if name in state}
-    for layer in layers:
-        assert layer.norm is not None
-        assert layer.norm.bias is not None
-        weight, bias = folded(layer, state)
-        for name in (layer.contraction.bias, layer.norm.weight):
-            found.pop(name or "", None)
-        found[layer.contraction.weight], found[layer.norm.bias] = weight.cpu(), bias.cpu()
-    return found
-
-
 def exact_plan(cost: Cost) -> Plan:
     """The cheapest transport between two uniform distributions of mass one.
 
@@ -335,9 +311,10 @@ def entropic_plan(cost: Cost, regularisation: float) -> tuple[Plan, bool]:
     mean = float(cost.mean())
     if mean == 0:
         return np.outer(*masses), True
-    plan, told = ot.bregman.sinkhorn_log(
-        *masses, cost, regularisation * mean, numItermax=ITERATIONS, stopThr=TOLERANCE, log=True, warn=False
-    )
+    with np.errstate(all="ignore"):  # the plan is checked below; potentials outside of the logarithm are not used
+        plan, told = ot.bregman.sinkhorn_log(
+            *masses, cost, regularisation * mean, numItermax=ITERATIONS, stopThr=TOLERANCE, log=True, warn=False
+        )
     if not np.isfinite(plan).all() or not (plan.sum(axis=0).all() and plan.sum(axis=1).all()):
         raise InputError(f"regularisation={regularisation}: too small for these costs, give more")
     return plan, bool(told["err"] and told["err"][-1] < TOLERANCE)
