@@ -736,6 +736,8 @@ import torch
 from pathlib import Path
 from isthmus import checkpoint
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
+
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
