@@ -22,7 +22,8 @@ from isthmus.merge import merge
 from isthmus.moments import symmetry_of
 from isthmus.progress import progress
 from isthmus.registry import configure
-from isthmus.repair import REPAIRS, normalisation_layers, repair
+from isthmus.repair import REPAIRS, repair
+from isthmus.running_statistics import normalisation_layers
 from isthmus.score import Ensemble, Score, evaluate
 from isthmus.symmetry import Symmetry
 from isthmus.transform import Alignment

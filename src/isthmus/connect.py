@@ -13,7 +13,7 @@ from isthmus.errors import DataError, InputError
 from isthmus.members import as_modules
 from isthmus.merge import upcast
 from isthmus.progress import progress
-from isthmus.repair import normalisation_layers, reset_statistics
+from isthmus.running_statistics import normalisation_layers, reset_statistics
 from isthmus.score import Loss, evaluate
 
 

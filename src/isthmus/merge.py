@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from isthmus.average import AVERAGES
 from isthmus.average.base import Aligned, Average
@@ -15,6 +14,7 @@ from isthmus.errors import DataError, InputError
 from isthmus.members import as_modules, as_own_modules
 from isthmus.moments import check_symmetry
 from isthmus.registry import configure
+from isthmus.running_statistics import running_statistics
 from isthmus.symmetry import Symmetry
 from isthmus.transform import Alignment, LinearMap, Transforms, move_state
 
@@ -91,17 +91,6 @@ def merge(
     result = finish(architecture, merged, needs_repair=bool(undefined))
     result.statistics_measured = running_statistics(result) <= aligned.measured  # type: ignore[assignment]
     return result
-
-
-def running_statistics(model: nn.Module) -> set[str]:
-    """Names of the running means and variances of all normalisation layers."""
-    return {
-        f"{path}.{name}" if path else name
-        for path, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm)
-        for name, buffer in layer.named_buffers(recurse=False)
-        if buffer.is_floating_point()
-    }
 
 
 def check_coefficients(coefficients: Sequence[float] | None, models: int) -> list[float]:

@@ -34,8 +34,9 @@ from isthmus.merge import merge
 from isthmus.models import load_model
 from isthmus.recipe import Recipe
 from isthmus.registry import configure
-from isthmus.repair import REPAIRS, normalisation_layers, repair
+from isthmus.repair import REPAIRS, repair
 from isthmus.report import write_report
+from isthmus.running_statistics import normalisation_layers
 from isthmus.score import Ensemble, evaluate
 from isthmus.symmetry import Symmetry
 from isthmus.trace import Proof, trace, verify

@@ -21,7 +21,7 @@ from isthmus.errors import DataError, InputError
 from isthmus.match.base import Problem, State
 from isthmus.match.held_out import split_batches
 from isthmus.progress import progress
-from isthmus.repair import normalisation_layers
+from isthmus.running_statistics import normalisation_layers
 from isthmus.score import IGNORED, cross_entropy
 from isthmus.symmetry import Symmetry
 from isthmus.transform import LinearMap, Permutation, Transform, Transforms, move_site, move_state

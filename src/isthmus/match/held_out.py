@@ -10,7 +10,8 @@ from isthmus.batches import Batch, is_labelled, read_batches
 from isthmus.errors import DataError, ModelError
 from isthmus.match.base import Problem
 from isthmus.merge import merge
-from isthmus.repair import normalisation_layers, repair
+from isthmus.repair import repair
+from isthmus.running_statistics import normalisation_layers
 from isthmus.score import Ensemble, class_scores, evaluate
 from isthmus.trace.reader import first_float
 from isthmus.transform import Alignment
