@@ -18,6 +18,7 @@ from isthmus.fold import fold_batch_norms
 from isthmus.match import align
 from isthmus.merge import merge
 from isthmus.moments import Moments, collect
+from isthmus.partial_zip import PartialZip, partial_zip
 from isthmus.repair import repair
 from isthmus.score import Score, evaluate
 from isthmus.symmetry import Frozen, Group, Site, Space, Symmetry
@@ -38,6 +39,7 @@ __all__ = [
     "LinearMap",
     "ModelError",
     "Moments",
+    "PartialZip",
     "Permutation",
     "Proof",
     "Row",
@@ -60,6 +62,7 @@ __all__ = [
     "match",
     "merge",
     "pairwise_barriers",
+    "partial_zip",
     "repair",
     "trace",
     "verify",

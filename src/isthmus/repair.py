@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from isthmus.batches import Batch, check_data, read_batches
-from isthmus.errors import DataError, InputError, ModelError, TransformError
+from isthmus.errors import InputError, ModelError, TransformError
 from isthmus.members import as_modules
 from isthmus.merge import check_coefficients
 from isthmus.moments import symmetry_of
 from isthmus.progress import progress
+from isthmus.running_statistics import normalisation_layers, reset_statistics
 from isthmus.symmetry import Symmetry
 from isthmus.trace.capture import Program
 from isthmus.trace.reader import Reader, first_float, program_for
@@ -59,7 +59,8 @@ def repair(
     Raises:
         DataError: No data, empty data, or data that can be read only once.
         InputError: Unknown method, or `"repair"` without parents or with another number of them than was aligned.
-        ModelError: A bias is needed where the layer can hold none.
+        ModelError: A bias is needed where the layer can hold none, or statistics are undefined outside of BatchNorm
+            modules.
         TransformError: `"repair"` after linear maps, under which moved parents do not compute what they did.
     """
     if method not in REPAIRS:
@@ -67,6 +68,11 @@ def repair(
     check_data(data)
     if method == "reset":
         mended = copy.deepcopy(merged).eval()
+        if getattr(merged, "needs_repair", False) and not normalisation_layers(mended):
+            raise ModelError(
+                "the merged model's running statistics are undefined, and it has no BatchNorm module to measure them "
+                "with: align by permutations, or use the model's own reset"
+            )
         reset_statistics(mended, data)
     else:
         if not parents:
@@ -78,45 +84,6 @@ def repair(
         mended = rescale(merged, data, as_modules(parents, merged), alignment, coefficients)
     mended.needs_repair = False  # type: ignore[assignment]
     return mended
-
-
-def normalisation_layers(model: nn.Module) -> list[_BatchNorm]:
-    """The layers that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-
-
-def reset_statistics(model: nn.Module, data: Any, layers: Sequence[_BatchNorm] | None = None) -> None:
-    """Estimates the running statistics of `model` anew, in place: the plain average over all batches.
-
-    Only normalisation layers (or those of them that `layers` names) are put into training mode, so that dropout stays
-    off; all are put back as they were.
-
-    Raises:
-        DataError: No data, empty data, or a batch of one sample, which has no variance.
-    """
-    layers = normalisation_layers(model) if layers is None else layers
-    if not layers:
-        return
-    before = [(layer.momentum, layer.training) for layer in layers]
-    try:
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # a cumulative average
-            layer.train()
-        reference = first_float(model.state_dict())
-        with torch.no_grad():
-            for batch in progress(read_batches(data), "estimating statistics", data):
-                batch = batch.to(reference.device, reference.dtype).clone()
-                try:
-                    model(*batch.args, **batch.kwargs)
-                except ValueError as error:  # what BatchNorm raises where it sees one value a channel
-                    if batch.size > 1:
-                        raise
-                    raise DataError("a batch of one sample has no variance: use larger batches, or drop it") from error
-    finally:
-        for layer, (momentum, training) in zip(layers, before, strict=True):
-            layer.momentum = momentum
-            layer.train(training)
 
 
 @dataclass(frozen=True)

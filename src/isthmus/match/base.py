@@ -24,7 +24,7 @@ class Problem:
         symmetry: Their spaces.
         data: Re-iterable batches, or None.
         seed: Seeds everything random.
-        symmetries: Every model's own symmetry, where widths differ and `symmetry` is the first model's; empty where all
+        symmetries: Every model's own symmetry, where models differ and `symmetry` is the first model's; empty where all
             share it.
     """
 
@@ -53,7 +53,11 @@ class Problem:
             DataError: There is no data, or it cannot be read.
         """
         if at not in self._moments:
-            self._moments[at] = collect(self.models, self.symmetry, self.data, at=at)
+            if self.symmetries:
+                joint, samples = collect_joint(self.models, self.symmetries, self.data, at=at)
+                self._moments[at] = Moments({name: each.of_one_size() for name, each in joint.items()}, at, samples)
+            else:
+                self._moments[at] = collect(self.models, self.symmetry, self.data, at=at)
         return self._moments[at]
 
     def joint_moments(self, at: str) -> dict[str, JointMoments]:

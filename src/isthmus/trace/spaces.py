@@ -47,6 +47,7 @@ class Graph:
         pre: For each space, the nodes that enter a nonlinear operation; those of `post` where there are none.
         contractions: Products of activations with parameters.
         batch_norms: Normalisations by running statistics.
+        partial: Nodes that carry units of which `activations` does not tell, or not of all.
     """
 
     program: Program
@@ -55,6 +56,7 @@ class Graph:
     pre: dict[str, tuple[str, ...]]
     contractions: list[Contraction]
     batch_norms: list[BatchNorm]
+    partial: frozenset[str] = frozenset()
 
 
 @dataclass(eq=False)
@@ -591,6 +593,7 @@ def describe_graph(tracing: Tracing, solution: Solution, program: Program, names
         *tracing.nonlinear,
     }
     activations: dict[str, list[tuple[str, Site]]] = {}
+    partial: set[str] = set()
     for node in program.graph.nodes:
         value = tracing.values.get(node.name)
         if node.name not in wanted or not isinstance(value, Value):
@@ -600,6 +603,7 @@ def describe_graph(tracing: Tracing, solution: Solution, program: Program, names
             try:
                 located = locate(tracing, solution, value, block)
             except IrregularError:
+                partial.add(node.name)
                 continue  # a part of a space, or several spaces side by side: it cannot stand for the whole
             if names[block]:
                 places += [(names[block], Site(node.name, dims, at, "vector")) for dims, at, _ in located]
@@ -628,4 +632,5 @@ def describe_graph(tracing: Tracing, solution: Solution, program: Program, names
         pre={name: nodes or post[name] for name, nodes in made_at.items()},
         contractions=tracing.contractions,
         batch_norms=tracing.batch_norms,
+        partial=frozenset(partial),
     )
