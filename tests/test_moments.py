@@ -341,3 +341,18 @@ def test_networks_that_are_read_at_other_places_are_refused():
     models = [lively(MLP, seed) for seed in range(2)]
     with refuses(SymmetryError, "read at other places"):
         collect_joint(models, [sym, replace(sym, program=twice)], data_of(MLP))
+
+
+def test_two_halves_joined_are_the_whole():
+    models = [trained(MLP, seed) for seed in range(2)]
+    (x, y), *_ = data_of(MLP)
+    whole, first, second = (
+        isthmus.collect(models, symmetry(MLP), [part]) for part in ((x, y), (x[:30], y[:30]), (x[30:] + 0, y[30:]))
+    )
+    joined = first.joined(second)
+    assert joined.samples == whole.samples
+    for space in symmetry(MLP):
+        assert joined[space.name].count == whole[space.name].count
+        # float32 products in other chunks, of values up to 10
+        torch.testing.assert_close(joined[space.name].mean, whole[space.name].mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(joined[space.name].covariance, whole[space.name].covariance, rtol=1e-5, atol=1e-4)

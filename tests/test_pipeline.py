@@ -139,3 +139,27 @@ def test_a_recipe_is_checked_before_anything_is_read(changes, told):
     recipe = Recipe(models=[Member(model="a"), Member(model="b")], architecture=ARCHITECTURE)
     with pytest.raises(InputError, match=told):
         recipe.model_copy(update=changes).check()
+
+
+def test_weights_by_layer_in_a_recipe(tmp_path):
+    members = parents(tmp_path)
+    head = "head"
+    members[0].parameters = {"weight": {head: 1.0, "": 3.0}}
+    members[1].parameters = {"weight": {head: 0.0}}
+    recipe = Recipe(models=members, architecture=ARCHITECTURE, verify=False)
+    assert recipe.coefficients == {"": [3.0, 1.0], head: [1.0, 0.0]}
+    report = run_merge(recipe, tmp_path / "run")
+    assert report["average"]["coefficients"] == [0.75, 0.25]
+    assert report["average"]["coefficients_by_path"] == {head: [1.0, 0.0]}
+    assert "in <code>head</code> 1" in (tmp_path / "run" / "report.html").read_text()
+    merged, first = load_file(tmp_path / "run" / "model.safetensors"), load_file(members[0].model)
+    assert torch.equal(merged["head.bias"], first["head.bias"])
+    again = read_recipe(tmp_path / "run" / "recipe.yaml")
+    assert again.coefficients == recipe.coefficients
+
+
+def test_a_weight_for_a_layer_that_is_not_there_is_named(tmp_path):
+    members = parents(tmp_path)
+    members[0].parameters = {"weight": {"haed": 1.0}}
+    with pytest.raises(InputError, match="did you mean 'head'"):
+        run_merge(Recipe(models=members, architecture=ARCHITECTURE, verify=False), tmp_path / "run")

@@ -116,3 +116,18 @@ def first_batch(data: Any) -> Batch:
 def is_labelled(data: Any) -> bool:
     """Whether batches carry targets, judged by the first one."""
     return first_batch(data).targets is not None
+
+
+def split_batches(data: Any, held_out: float) -> tuple[list[Batch], list[Batch]]:
+    """The first batches for fitting and the last ones to hold out, read once: data that shuffles cannot mix them.
+
+    Raises:
+        DataError: Fewer than two batches.
+    """
+    batches = list(read_batches(data))
+    if len(batches) < 2:
+        raise DataError(
+            "one batch cannot be split into a fitting and a held-out part: give two or more, or smaller ones"
+        )
+    held = min(len(batches) - 1, max(1, round(held_out * len(batches))))
+    return batches[:-held], batches[-held:]

@@ -211,3 +211,10 @@ model = load_module("model.safetensors", load_model("{recipe.architecture}"))
 
 Open `report.html` for the figures and plots.
 """
+
+
+def describe_coefficients(recipe: Recipe, models: int) -> dict[str, Any]:
+    """One weight a model, as scaled for averaging, and by module path where some differ."""
+    weights = recipe.coefficients or {"": [1.0] * models}
+    shares = {path: [value / sum(each) for value in each] for path, each in weights.items()}
+    return {"coefficients": shares.pop(""), "coefficients_by_path": shares}

@@ -1,7 +1,6 @@
 """Merging: models in a common frame become one."""
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from isthmus.average import AVERAGES
 from isthmus.average.base import Aligned, Average
+from isthmus.average.coefficients import Given, check_coefficients
 from isthmus.errors import DataError, InputError
 from isthmus.members import as_modules, as_own_modules
 from isthmus.moments import check_symmetry
@@ -23,7 +23,7 @@ def merge(
     models: Sequence[nn.Module | Mapping[str, Tensor]],
     alignment: Alignment | None = None,
     average: str | Average = "mean",
-    coefficients: Sequence[float] | None = None,
+    coefficients: Given = None,
     data: Any = None,
     base: nn.Module | Mapping[str, Tensor] | None = None,
     seed: int = 0,
@@ -42,7 +42,8 @@ def merge(
             and then the result has the widths of the common frame.
         alignment: What `align` returned for them, in the same order; None averages them as they are.
         average: A name in `AVERAGES`, or a configured way of averaging.
-        coefficients: One weight a model; they are scaled to sum to one. None weighs all alike.
+        coefficients: One weight a model; they are scaled to sum to one. None weighs all alike. A mapping gives such
+            lists by module path or tensor name, the longest path counting, and `""` for all other tensors.
         data: Re-iterable batches, for averages that need them.
         base: The common ancestor, for averages that need it; it must lie in the common frame.
         seed: Seeds averages that draw random numbers.
@@ -50,7 +51,8 @@ def merge(
 
     Raises:
         DataError: The average needs data and got none.
-        InputError: Unequal numbers of models, transforms and coefficients, a missing base, or an unknown average.
+        InputError: Unequal numbers of models, transforms and coefficients, coefficients of a path where no tensor
+            lies, a missing base, or an unknown average.
         ModelError: The models are not of one architecture, or hold NaN or infinite weights.
         SymmetryError: Models of several widths are not those that were aligned.
         TransformError: The alignment does not fit the models.
@@ -74,7 +76,7 @@ def merge(
             f"{configured.name} runs the models side by side, and these are of several widths: use average='mean'"
         )
     architecture = modules[alignment.frame if alignment is not None else 0]
-    weights = check_coefficients(coefficients, len(modules))
+    weights = check_coefficients(coefficients, len(modules), modules[0].state_dict())
     states = [upcast(model.state_dict()) for model in modules]
     undefined: set[str] = set()
     if alignment is not None:
@@ -91,22 +93,6 @@ def merge(
     result = finish(architecture, merged, needs_repair=bool(undefined))
     result.statistics_measured = running_statistics(result) <= aligned.measured  # type: ignore[assignment]
     return result
-
-
-def check_coefficients(coefficients: Sequence[float] | None, models: int) -> list[float]:
-    """One weight a model, summing to one.
-
-    Raises:
-        InputError: The wrong number of coefficients, NaN or infinite ones, or a sum of zero.
-    """
-    if coefficients is None:
-        return [1 / models] * models
-    if len(coefficients) != models:
-        raise InputError(f"{len(coefficients)} coefficients for {models} models: give one a model")
-    total = sum(coefficients)
-    if not all(map(math.isfinite, (*coefficients, total))) or total == 0:
-        raise InputError(f"coefficients {list(coefficients)}: they must be finite and not sum to zero")
-    return [value / total for value in coefficients]
 
 
 def upcast(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

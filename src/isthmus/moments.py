@@ -51,6 +51,15 @@ class SpaceMoments:
             product > 0, self.between(first, second) / product.clamp_min(torch.finfo(torch.float64).tiny), 0.0
         )
 
+    def joined(self, other: "SpaceMoments") -> "SpaceMoments":
+        """The moments of both sets of samples together."""
+        count = self.count + other.count
+        share = other.count / count
+        step = (other.mean - self.mean).flatten()
+        apart = share * (1 - share) * torch.outer(step, step).reshape(self.covariance.shape)
+        covariance = torch.lerp(self.covariance, other.covariance, share) + apart
+        return SpaceMoments(count, torch.lerp(self.mean, other.mean, share), covariance)
+
     @property
     def deviation(self) -> Float[Tensor, "models units"]:
         """Standard deviation of every unit of every model."""
@@ -103,6 +112,11 @@ class Moments:
         if space not in self.spaces:
             raise SymmetryError(f"no activations stand for space {space}: match it by weights")
         return self.spaces[space]
+
+    def joined(self, other: "Moments") -> "Moments":
+        """The moments of both sets of inputs together; both must be of the same models and places."""
+        spaces = {name: own.joined(other[name]) for name, own in self.spaces.items()}
+        return Moments(spaces, self.at, self.samples + other.samples)
 
 
 class Accumulator:

@@ -19,6 +19,7 @@ from isthmus.data import DataSet
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.facts import (
     describe_alignment,
+    describe_coefficients,
     describe_proof,
     describe_score,
     describe_symmetry,
@@ -82,7 +83,7 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
             "average": {
                 "name": recipe.merge_method,
                 "options": recipe.parameters,
-                "coefficients": recipe.coefficients or [1 / len(inputs.models)] * len(inputs.models),
+                **describe_coefficients(recipe, len(inputs.models)),
             },
             "repair": recipe.repair if mended is not merged else None,
             "gained_biases": getattr(mended, "gained_biases", []),

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from isthmus.average import AVERAGES
+from isthmus.average.coefficients import lies_in
 from isthmus.errors import InputError
 from isthmus.match import METHODS
 from isthmus.registry import configure, did_you_mean
@@ -24,10 +25,13 @@ class Strict(BaseModel):
 
 
 class Member(Strict):
-    """One checkpoint: its path, its weight in the merge, and the hash it must have, if one is noted."""
+    """One checkpoint: its path, its weight in the merge, and the hash it must have, if one is noted.
+
+    The weight, `parameters: {weight: …}`, is a number, or numbers by module path, with `""` for all other tensors.
+    """
 
     model: str
-    parameters: dict[str, float] = Field(default_factory=dict)
+    parameters: dict[str, float | dict[str, float]] = Field(default_factory=dict)
     sha256: str | None = None
 
 
@@ -66,10 +70,13 @@ class Recipe(Strict):
     verify: bool = True
 
     @property
-    def coefficients(self) -> list[float] | None:
-        """One weight a model, or None where all are alike."""
-        weights = [member.parameters.get("weight", 1.0) for member in self.models]
-        return None if len(set(weights)) == 1 else weights
+    def coefficients(self) -> dict[str, list[float]] | None:
+        """One weight a model, by module path, with `""` for all other tensors; None where all are alike."""
+        own = [member.parameters.get("weight", 1.0) for member in self.models]
+        numbers = [weight if isinstance(weight, dict) else {"": weight} for weight in own]
+        paths = dict.fromkeys(["", *(path for each in numbers for path in each)])
+        weights = {path: [weight_at(each, path) for each in numbers] for path in paths}
+        return None if len(weights) == 1 and len(set(weights[""])) == 1 else weights
 
     def check(self) -> None:
         """Checks what the types alone do not say.
@@ -100,6 +107,12 @@ class Recipe(Strict):
     def to_yaml(self) -> str:
         """The recipe as YAML text, all defaults written out."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def weight_at(weights: Mapping[str, float], path: str) -> float:
+    """A model's weight at a module path: that of the longest path given that it lies in, else 1."""
+    above = [given for given in weights if not given or lies_in(path, given)]
+    return weights[max(above, key=len)] if above else 1.0
 
 
 def read_recipe(path: Path) -> Recipe:

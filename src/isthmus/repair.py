@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from isthmus.average.coefficients import Given, check_coefficients
 from isthmus.batches import Batch, check_data, read_batches
 from isthmus.errors import InputError, ModelError, TransformError
 from isthmus.members import as_modules
-from isthmus.merge import check_coefficients
 from isthmus.moments import symmetry_of
 from isthmus.progress import progress
 from isthmus.running_statistics import normalisation_layers, reset_statistics
@@ -39,7 +39,7 @@ def repair(
     *,
     parents: Sequence[nn.Module | Mapping[str, Tensor]] | None = None,
     alignment: Alignment | None = None,
-    coefficients: Sequence[float] | None = None,
+    coefficients: Given = None,
 ) -> nn.Module:
     """A new module with the statistics of the merged one mended on training data (no labels are used).
 
@@ -54,7 +54,7 @@ def repair(
         method: `"reset"` or `"repair"`.
         parents: For `"repair"`: the models that were merged.
         alignment: For `"repair"`: the alignment they were merged with; None if they were averaged as they are.
-        coefficients: For `"repair"`: the weights of the merge.
+        coefficients: For `"repair"`: those of the merge.
 
     Raises:
         DataError: No data, empty data, or data that can be read only once.
@@ -110,13 +110,13 @@ def rescale(
     data: Any,
     parents: Sequence[nn.Module],
     alignment: Alignment | None,
-    coefficients: Sequence[float] | None,
+    coefficients: Given,
 ) -> nn.Module:
     """REPAIR: every hidden pre-activation gets the interpolated mean and standard deviation of its parents.
 
     Source: Jordan, Sedghi, Saukh, Entezari, Neyshabur, REPAIR, ICLR 2023.
     """
-    weights = check_coefficients(coefficients, len(parents))
+    weights = check_coefficients(coefficients, len(parents), merged.state_dict())
     mended = copy.deepcopy(merged).eval()
     reset_statistics(mended, data)
     symmetry = symmetry_of(mended, alignment.symmetry if alignment else None, None, data)
@@ -131,7 +131,7 @@ def rescale(
         return mended
     means: dict[str, Tensor] = {}
     deviations: dict[str, Tensor] = {}
-    for index, (parent, weight) in enumerate(zip(parents, weights, strict=True)):
+    for index, parent in enumerate(parents):
         state: Mapping[str, Tensor] = parent.state_dict()
         if alignment is not None:
             state = move_state(state, alignment.transforms[index], symmetry)
@@ -139,6 +139,7 @@ def rescale(
         run(symmetry, state, data, measured, "measuring a parent")
         for point in points:
             mean, deviation = measured.of(point)
+            weight = weights.of(point.weight)[index]
             means[point.node] = means.get(point.node, 0.0) + weight * mean
             deviations[point.node] = deviations.get(point.node, 0.0) + weight * deviation
     own = Statistics(points, {p.node: (means[p.node], deviations[p.node]) for p in points})

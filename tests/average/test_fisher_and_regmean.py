@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import isthmus
 from isthmus.average import Fisher, RegMean
+from isthmus.average.coefficients import Coefficients
 from isthmus.errors import InputError
 from isthmus.match import CCA
 from pairs import CNN, MLP, VGG_BN, data_of, symmetry, trained
@@ -28,7 +29,7 @@ def test_fisher_is_the_expected_squared_gradient():
     draws = 400
     data = [(x.repeat(draws // 2, *[1] * (x.ndim - 1)), torch.zeros(draws).long())]
     states = [model.state_dict()]
-    aligned = isthmus.average.Aligned(states, [1.0], model, data, None, 0, [model])
+    aligned = isthmus.average.Aligned(states, Coefficients((1.0,)), model, data, None, 0, [model])
     found = Fisher(samples=draws, floor=1e-12)._information(aligned, 0)
     for name, values in exact.items():
         # A Monte Carlo mean of 400 draws: the sums over a tensor are within some per cent of the expectation.

@@ -3,9 +3,9 @@
 import pytest
 
 import isthmus
+from isthmus.batches import split_batches
 from isthmus.errors import DataError, InputError
 from isthmus.match import METHODS, Auto
-from isthmus.match.held_out import split_batches
 from pairs import MLP, VGG_BN, data_of, symmetry, trained
 
 

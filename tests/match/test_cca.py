@@ -103,7 +103,10 @@ def test_the_ridge_is_chosen_on_data_held_out():
     assert "held-out" in found.details["criterion"]
     set_by_hand = isthmus.align(models, symmetry(VGG_BN), CCA(gamma=found.details["gamma"]), data_of(VGG_BN))
     for space in symmetry(VGG_BN):
-        assert torch.equal(found.transforms[1][space.name].into, set_by_hand.transforms[1][space.name].into)
+        # moments of two parts joined, and of one pass: float32 products in other chunks
+        torch.testing.assert_close(
+            found.transforms[1][space.name].into, set_by_hand.transforms[1][space.name].into, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_what_is_ill_posed_is_refused():

@@ -1,8 +1,10 @@
 """Ways of averaging aligned weights by name. A way is one file with a frozen dataclass, and one line in `AVERAGES`."""
 
 from isthmus.average.base import Aligned, Average
+from isthmus.average.coefficients import Coefficients
 from isthmus.average.dare import Dare
 from isthmus.average.fisher import Fisher
+from isthmus.average.greedy_soup import GreedySoup
 from isthmus.average.mean import Mean
 from isthmus.average.pleas import PLeaS
 from isthmus.average.regmean import RegMean
@@ -14,8 +16,10 @@ __all__ = [
     "AVERAGES",
     "Aligned",
     "Average",
+    "Coefficients",
     "Dare",
     "Fisher",
+    "GreedySoup",
     "Mean",
     "PLeaS",
     "RegMean",
@@ -33,4 +37,5 @@ AVERAGES: dict[str, type[Average]] = {
     "fisher": Fisher,
     "regmean": RegMean,
     "pleas": PLeaS,
+    "greedy_soup": GreedySoup,
 }

@@ -1,11 +1,14 @@
 """What every way of averaging is: a configured object that turns aligned states into one state."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from isthmus.average.coefficients import Coefficients
+from isthmus.trace.reader import first_float
 from isthmus.transform import Alignment
 
 State = Mapping[str, Tensor]
@@ -17,7 +20,7 @@ class Aligned:
 
     Attributes:
         states: Every model's state dict in the common frame; floating-point tensors are at least float32.
-        coefficients: One weight a model, summing to one.
+        coefficients: One weight a model for every tensor, summing to one.
         module: The architecture.
         data: Re-iterable batches, or None.
         base: The state of the models' common ancestor in the common frame, or None.
@@ -28,7 +31,7 @@ class Aligned:
     """
 
     states: Sequence[State]
-    coefficients: Sequence[float]
+    coefficients: Coefficients
     module: nn.Module
     data: Any = None
     base: State | None = None
@@ -44,7 +47,13 @@ class Aligned:
 
     def weights(self, name: str) -> Sequence[float]:
         """One weight a model for the tensor of that name."""
-        return self.coefficients
+        return self.coefficients.of(name)
+
+    def network(self, state: State) -> nn.Module:
+        """A copy of the architecture in the precision of a state, with its tensors, in `eval()`."""
+        model = copy.deepcopy(self.module).to(first_float(state).dtype).eval()
+        model.load_state_dict(dict(state))
+        return model
 
 
 @runtime_checkable

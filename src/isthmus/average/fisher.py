@@ -1,14 +1,13 @@
 """Fisher averaging: every number counts by how much the model's predictions depend on it."""
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from isthmus.average.base import Aligned, State
+from isthmus.average.base import Aligned
 from isthmus.average.mean import Mean
 from isthmus.batches import read_batches
 from isthmus.errors import InputError, ModelError
@@ -67,7 +66,7 @@ class Fisher:
 
     def _information(self, aligned: Aligned, index: int) -> dict[str, Tensor]:
         """The floored diagonal of one model's Fisher information, by parameter."""
-        model = loaded(aligned.module, aligned.states[index])
+        model = aligned.network(aligned.states[index]).requires_grad_(True)
         parameters = dict(model.named_parameters())
         reference = first_float(aligned.states[index])
         total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
@@ -94,10 +93,3 @@ class Fisher:
         mean = sum((f.sum() for f in total.values()), torch.zeros((), dtype=torch.float64)) / sizes
         floor = (self.floor * mean).clamp_min(torch.finfo(torch.float64).tiny)
         return {name: found + floor for name, found in total.items()}
-
-
-def loaded(architecture: nn.Module, state: State) -> nn.Module:
-    """A copy of the architecture in the precision of a state, with its tensors, in `eval()`."""
-    model = copy.deepcopy(architecture).to(first_float(state).dtype).eval()
-    model.load_state_dict(dict(state))
-    return model.requires_grad_(True)

@@ -26,7 +26,7 @@ class Mean:
         for name, first in aligned.states[0].items():
             if first.is_floating_point():
                 total = torch.zeros_like(first, dtype=torch.float64)
-                for coefficient, state in zip(aligned.coefficients, aligned.states, strict=True):
+                for coefficient, state in zip(aligned.weights(name), aligned.states, strict=True):
                     total += coefficient * state[name].double()
                 merged[name] = total.to(first.dtype)
         return merged

@@ -91,7 +91,7 @@ class PLeaS:
             DataError: No data, or data that cannot be read.
         """
         merged = Mean()(aligned)
-        alive = [index for index, weight in enumerate(aligned.coefficients) if weight]
+        alive = aligned.coefficients.counting
         if len(alive) == 1 and aligned.is_exact:
             return merged  # one parent alone: nothing to fit
         alignment = aligned.alignment

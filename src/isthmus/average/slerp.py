@@ -37,7 +37,7 @@ class Slerp:
         Raises:
             InputError: More than two models.
         """
-        alive = [index for index, weight in enumerate(aligned.coefficients) if weight]
+        alive = aligned.coefficients.counting
         if len(alive) > 2:
             raise InputError(f"slerp joins two models, {len(alive)} were given: use average='mean'")
         start, end = aligned.states[alive[0]], aligned.states[alive[-1]]

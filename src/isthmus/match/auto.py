@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
-from isthmus.batches import is_labelled
+from isthmus.batches import is_labelled, split_batches
 from isthmus.errors import InputError, IsthmusError
 from isthmus.match.base import Match, Problem
-from isthmus.match.held_out import judge_by, split_batches
+from isthmus.match.held_out import judge_by
 from isthmus.match.identity import Identity
 from isthmus.match.weight_matching import total_value
 from isthmus.progress import progress

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.batches import Batch
+from isthmus.batches import Batch, split_batches
 from isthmus.errors import DataError, InputError
 from isthmus.match.base import Problem
-from isthmus.match.held_out import judge_by, split_batches
+from isthmus.match.held_out import judge_by
 from isthmus.match.linear_maps import map_spaces
 from isthmus.match.many import Pair, all_to_one, check_reference
 from isthmus.match.procrustes import polar_factor
-from isthmus.moments import Moments
+from isthmus.moments import Moments, collect
 from isthmus.progress import progress
 from isthmus.transform import Alignment, LinearMap
 
@@ -83,16 +83,17 @@ class CCA:
         if not len(problem.symmetry) or len(problem.models) == 1:
             return all_to_one(problem, self.name, lambda fixed, moved: Pair({}, 0.0))
         if self.gamma is not None:
-            return self._align(problem, self.gamma)
+            return self._align(problem, problem.moments(self.at), self.gamma)
         fitting, held = split_batches(problem.data, HELD_OUT)
-        part = Problem(problem.models, problem.symmetry, fitting, problem.seed)
+        moments = collect(problem.models, problem.symmetry, fitting, at=self.at)
         judge, criterion = judge_by(problem, first_inputs(fitting, FITTING_INPUTS), first_inputs(held, HELD_INPUTS))
-        scores = {gamma: judge(self._align(part, gamma)) for gamma in progress(GRID, "choosing the ridge")}
+        scores = {gamma: judge(self._align(problem, moments, gamma)) for gamma in progress(GRID, "choosing the ridge")}
         finite = {gamma: score for gamma, score in scores.items() if math.isfinite(score)}
         if not finite:
             raise DataError("no ridge gave a merged model with finite outputs: give gamma=, or more data")
         chosen = min(finite, key=lambda gamma: finite[gamma])
-        found = self._align(problem, chosen)
+        every = moments.joined(collect(problem.models, problem.symmetry, held, at=self.at))
+        found = self._align(problem, every, chosen)
         details = {
             "gamma": chosen,
             "criterion": criterion,
@@ -100,9 +101,8 @@ class CCA:
         }
         return replace(found, details=dict(found.details) | details)
 
-    def _align(self, problem: Problem, gamma: float) -> Alignment:
+    def _align(self, problem: Problem, moments: Moments, gamma: float) -> Alignment:
         """The alignment with one ridge."""
-        moments = problem.moments(self.at)
         if gamma == 0:
             check_samples(moments)
         solve = partial(canonical_map, gamma=gamma)

@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
-from isthmus.batches import Batch
-from isthmus.errors import DataError, InputError
+from isthmus.batches import Batch, split_batches
+from isthmus.errors import DataError, InputError, ModelError
 from isthmus.match.base import Problem, State
-from isthmus.match.held_out import split_batches
 from isthmus.progress import progress
 from isthmus.running_statistics import normalisation_layers
-from isthmus.score import IGNORED, cross_entropy
+from isthmus.score import IGNORED, are_classes, class_scores, cross_entropy
 from isthmus.symmetry import Symmetry
 from isthmus.transform import LinearMap, Permutation, Transform, Transforms, move_site, move_state
 
@@ -37,10 +37,11 @@ class TaskLoss:
 
     Args:
         problem: The models, of which the first gives the architecture, and labelled data.
-        batch: Largest number of samples a gradient is taken on; larger batches of the data are split evenly.
+        batch: Largest number of samples a gradient is taken on; larger batches of the data are split evenly. Parts
+            without a target that counts are left out.
 
     Raises:
-        DataError: No labelled data, or a single batch.
+        DataError: No labelled data, a single batch, or no target that counts.
     """
 
     def __init__(self, problem: Problem, batch: int) -> None:
@@ -55,7 +56,11 @@ class TaskLoss:
             layer.track_running_stats = False  # or the statistics that it is given would be overwritten
             layer.train()
         fitting, self.held = split_batches(problem.data, HELD_OUT)
-        self.fitting = [part for whole in fitting for part in parts_of(whole, batch)]
+        parts = [part for whole in fitting for part in parts_of(whole, batch)]
+        self.fitting = [part for part in parts if counted(part)]  # the mean loss over no target is no number
+        for what, chosen in (("fitting", self.fitting), ("held-out", self.held)):
+            if not any(counted(part) for part in chosen):
+                raise DataError(f"the {what} batches have no targets that count: give more batches")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,7 +72,7 @@ class TaskLoss:
 
         Raises:
             DataError: A batch of one sample for a network with BatchNorm, or a target that is no class of the model.
-            ModelError: The outputs are no class scores.
+            ModelError: The outputs are no class scores for the targets.
         """
         device = next((t.device for t in state.values()), torch.device("cpu"))
         batch = batch.to(device, self.dtype).clone()
@@ -77,6 +82,13 @@ class TaskLoss:
             if batch.size > 1:
                 raise
             raise DataError("a batch of one sample has no variance: use larger batches, or drop it") from error
+        scores = class_scores(output)
+        if scores is None or not are_classes(batch.targets, scores):
+            shape = tuple(scores.shape) if scores is not None else type(output).__name__
+            raise ModelError(
+                f"outputs {shape} are no class scores for targets {tuple(batch.targets.shape)}: a search by the task "
+                "loss is for classifiers; use a method that needs no labels"
+            )
         return cross_entropy(output, batch.targets)
 
     def held_out(self, state: State) -> float:
@@ -84,12 +96,9 @@ class TaskLoss:
         total, count = 0.0, 0
         with torch.no_grad():
             for batch in self.held:
-                targets = int((batch.targets != IGNORED).sum())
-                if targets:
+                if targets := counted(batch):
                     total += float(self.at(state, batch)) * targets
                     count += targets
-        if not count:
-            raise DataError("the held-out batches have no targets that count: give more batches")
         return total / count if math.isfinite(total) else math.inf
 
     def batches(self, generator: torch.Generator) -> "Stream":
@@ -139,10 +148,22 @@ def working_states(problem: Problem) -> list[dict[str, Tensor]]:
     ]
 
 
+def counted(batch: Batch) -> int:
+    """How many targets of a batch count.
+
+    Raises:
+        DataError: The targets are missing or no tensor.
+    """
+    if not isinstance(batch.targets, Tensor):
+        raise DataError(f"a batch has {type(batch.targets).__name__} as targets: give every batch a tensor of classes")
+    return int((batch.targets != IGNORED).sum())
+
+
 def parts_of(batch: Batch, size: int) -> list[Batch]:
-    """A batch in even parts of at most `size` samples; whole where the targets are not one row a sample."""
+    """A batch in even parts of at most `size` samples; whole where some tensor of it is not one row a sample."""
     targets = batch.targets
-    if batch.size <= size or not isinstance(targets, Tensor) or len(targets) != batch.size:
+    tensors = [x for x in pytree.tree_leaves((batch.args, dict(batch.kwargs), targets)) if isinstance(x, Tensor)]
+    if batch.size <= size or not all(x.ndim and len(x) == batch.size for x in tensors):
         return [batch]
     parts = math.ceil(batch.size / size)
     bounds = [batch.size * part // parts for part in range(parts + 1)]
@@ -181,6 +202,27 @@ def move_softly(state: State, maps: Mapping[str, LinearMap], symmetry: Symmetry)
     return moved
 
 
+def follow(optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
+    """One step of an optimizer along the gradients, unless one of them is no number: Adam would never recover from it.
+
+    Returns:
+        Whether the step was taken.
+    """
+    if not all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients):
+        return False
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        leaf.grad = gradient
+    optimizer.step()
+    return True
+
+
+def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient of a loss with respect to each leaf; None for those that it does not depend on."""
+    if not loss.requires_grad:
+        return [None] * len(leaves)
+    return list(torch.autograd.grad(loss, list(leaves), allow_unused=True))
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """What a search found.
@@ -189,7 +231,8 @@ class Found:
         transforms: The best ones seen, one a model.
         value: Their loss.
         converged: Whether the last check found nothing better.
-        details: The losses at the start and at every check, and the step at which the best was seen.
+        details: The losses at the start and at every check, the step at which the best was seen, and how many steps
+            were skipped because a gradient was no number.
     """
 
     transforms: list[dict[str, Transform]]
@@ -201,7 +244,7 @@ class Found:
 def search(
     start: Sequence[Transforms],
     judge: Callable[[Sequence[Transforms]], float],
-    step: Callable[[], None],
+    step: Callable[[], bool],
     current: Callable[[], Sequence[Transforms]],
     steps: int,
     what: str,
@@ -211,7 +254,7 @@ def search(
     Args:
         start: Transforms to be better than, one set a model.
         judge: The loss of transforms.
-        step: Takes one step.
+        step: Takes one step, or returns False.
         current: The transforms where the search is.
         steps: How many steps to take.
         what: What is being done, for the progress bar.
@@ -219,10 +262,10 @@ def search(
     best, checked = [dict(each) for each in start], list(start)
     lowest = loss = first = judge(start)
     losses: list[float] = []
-    best_step = 0
+    best_step = skipped = 0
     checks = {max(1, round(steps * (check + 1) / CHECKS)) for check in range(CHECKS)}
     for index in progress(range(1, steps + 1), what):
-        step()
+        skipped += not step()
         if index not in checks:
             continue
         now = current()
@@ -231,7 +274,14 @@ def search(
         losses.append(loss)
         if loss < lowest:
             best, lowest, best_step = [dict(each) for each in now], loss, index
-    details = {"start": first, "best": lowest, "best_step": best_step, "checks": losses, "steps": steps}
+    details = {
+        "start": first,
+        "best": lowest,
+        "best_step": best_step,
+        "checks": losses,
+        "steps": steps,
+        "skipped": skipped,
+    }
     finite = {key: None if value == math.inf else value for key, value in details.items() if key != "checks"}
     told = finite | {"checks": [None if value == math.inf else value for value in losses]}
     return Found(best, lowest, best_step < steps, told)

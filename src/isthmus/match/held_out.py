@@ -17,21 +17,6 @@ from isthmus.trace.reader import first_float
 from isthmus.transform import Alignment
 
 
-def split_batches(data: Any, held_out: float) -> tuple[list[Batch], list[Batch]]:
-    """The first batches for fitting and the last ones to hold out, read once: data that shuffles cannot mix them.
-
-    Raises:
-        DataError: Fewer than two batches.
-    """
-    batches = list(read_batches(data))
-    if len(batches) < 2:
-        raise DataError(
-            "one batch cannot be split into a fitting and a held-out part: give two or more, or smaller ones"
-        )
-    held = min(len(batches) - 1, max(1, round(held_out * len(batches))))
-    return batches[:-held], batches[-held:]
-
-
 def judge_by(problem: Problem, fitting: Any, held: Any) -> tuple[Callable[[Alignment], float], str]:
     """How an alignment is scored, lower is better, and the criterion's name.
 

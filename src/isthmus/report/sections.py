@@ -311,6 +311,7 @@ def matching(report: Report) -> dict[str, Any]:
         "average": average,
         "average_options": _options((average or {}).get("options")),
         "coefficients": (average or {}).get("coefficients") or [],
+        "coefficients_by_path": (average or {}).get("coefficients_by_path") or {},
         "repair": report.get("repair"),
         "mended": REPAIRS.get(report.get("repair") or ""),
         "gained_biases": report.get("gained_biases") or [],
