@@ -125,6 +125,18 @@ def test_compare_writes_a_table_and_a_picture(files, tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert len(report["comparison"]["rows"]) == 4
     assert "ensemble" in (tmp_path / "out" / "table.md").read_text()
+    assert report["cycles"] == []
+    options = ["--model", ARCHITECTURE, "--data", "digits", "--methods", "identity,weight-matching,cca"]
+    less = ["--averages", "mean", "--repairs", "raw", "--samples", "1000", "--json"]
+    code, printed, error = run(capsys, "compare", *paths, *options, *less, "--cycles")
+    assert (code, error) == (0, "")
+    cycles = json.loads(printed)["cycles"]
+    assert [each["method"] for each in cycles] == ["identity", "weight_matching"]  # maps of cca keep no function
+    assert cycles[0]["share_lost"] == 0
+    assert [line["models"] for line in cycles[1]["lines"]] == [[0, 1], [0, 2], [1, 2]]
+    code, _, error = run(capsys, "compare", *paths[:2], *options, *less, "--cycles")
+    assert code == 2
+    assert "a cycle needs three" in error
     code, _, error = run(
         capsys,
         "compare",

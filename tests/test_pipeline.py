@@ -35,7 +35,9 @@ def test_three_models_become_one(tmp_path):
     recipe = Recipe(models=parents(tmp_path, 3), architecture=ARCHITECTURE, data=Data(name="digits", samples=200))
     report = run_merge(recipe, tmp_path / "run")
     assert len(report["scores"]["parents"]) == 3
-    assert report["curves"] is None
+    assert [pair["models"] for pair in report["curves"]] == [[0, 1], [0, 2], [1, 2]]
+    assert report["curves"][2]["aligned"]["lambdas"] == (0.0, 0.5, 1.0)
+    assert "mean loss barrier between two" in report["verdict"]
     assert [len(space["moved"]) for space in report["symmetry"]["spaces"]] == [3, 3, 3]
     assert "3 models" in report["verdict"]
 

@@ -230,6 +230,10 @@ def compare(
     data_dir: DataDir = None,
     samples: Samples = 10_000,
     split: Annotated[str, typer.Option(help="Score on test or train.")] = "test",
+    cycles: Annotated[
+        bool,
+        typer.Option("--cycles", help="Three models or more: also cycle errors, and barriers between moved models."),
+    ] = False,
     shape: Shape = None,
     seed: Seed = 0,
     force: Force = False,
@@ -250,7 +254,7 @@ def compare(
     def run() -> dict[str, Any]:
         return run_compare(
             recipe, methods=parse_names(methods), averages=parse_names(averages), repairs=parse_names(repairs),
-            split=split,
+            split=split, cycles=cycles,
         )  # fmt: skip
 
     if out is None:
@@ -578,6 +582,24 @@ def print_comparison(report: Mapping[str, Any]) -> None:
     console.print(table)
     for note in dict.fromkeys((row["method"], row["note"]) for row in found["rows"] if row["note"]):
         console.print(f"{note[0]}: {escape(note[1])}", style="yellow")
+    if report["cycles"]:
+        print_cycles(report["cycles"])
+
+
+def print_cycles(cycles: Sequence[Mapping[str, Any]]) -> None:
+    """Prints every method's cycle error and the barriers half way between the models that it moved."""
+    table = Table(
+        title="Around cycles", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    table.add_column("method", no_wrap=True)
+    table.add_column("units lost", justify="right", no_wrap=True)
+    for line in cycles[0]["lines"]:
+        table.add_column(f"barrier {line['models'][0]}–{line['models'][1]}", justify="right", no_wrap=True)
+    for each in cycles:
+        table.add_row(
+            each["method"], spoken_share(each["share_lost"]), *(f"{line['barrier']:+.4f}" for line in each["lines"])
+        )
+    console.print(table)
 
 
 def spoken_share(value: float | None) -> str:

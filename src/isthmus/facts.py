@@ -146,8 +146,11 @@ def verdict(report: Mapping[str, Any]) -> str:
     )
     curves: Sequence[Mapping[str, Any]] = report.get("curves") or ()
     if curves:
-        before, after = curves[0]["naive"]["barrier"], curves[0]["aligned"]["barrier"]
-        text += f" Aligned by {method}, the loss barrier between them falls from {before:.2f} to {after:.2f}."
+        before, after = (sum(pair[kind]["barrier"] for pair in curves) / len(curves) for kind in ("naive", "aligned"))
+        between = (
+            "the loss barrier between them falls" if models == 2 else "the mean loss barrier between two of them falls"
+        )
+        text += f" Aligned by {method}, {between} from {before:.2f} to {after:.2f}."
     return text
 
 

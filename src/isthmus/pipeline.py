@@ -13,8 +13,9 @@ from torch import nn
 
 from isthmus.average import AVERAGES
 from isthmus.checkpoint import hash_file, load_state, new_folder, save_state, write_text
-from isthmus.compare import DEFAULT_AVERAGES, RAW, compare
+from isthmus.compare import DEFAULT_AVERAGES, RAW, choose_methods, compare
 from isthmus.connect import connect
+from isthmus.cycles import cycle_error, pairwise_barriers
 from isthmus.data import DataSet
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.facts import (
@@ -30,7 +31,7 @@ from isthmus.facts import (
     verdict,
 )
 from isthmus.inputs import Inputs, example_input, load_inputs
-from isthmus.match import METHODS, align
+from isthmus.match import METHODS, Match, align
 from isthmus.merge import merge
 from isthmus.models import load_model
 from isthmus.recipe import Recipe
@@ -42,6 +43,9 @@ from isthmus.score import Ensemble, evaluate
 from isthmus.symmetry import Symmetry
 from isthmus.trace import Proof, trace, verify
 from isthmus.transform import Alignment, apply
+
+# Between more models than this there are too many lines to walk all of them.
+MOST_MODELS_WALKED = 5
 
 
 def prepare(recipe: Recipe, inputs: Inputs) -> tuple[Symmetry, Proof | None, Alignment]:
@@ -173,7 +177,10 @@ def mend(merged: nn.Module, recipe: Recipe, inputs: Inputs, alignment: Alignment
 def measure(
     recipe: Recipe, inputs: Inputs, alignment: Alignment, merged: nn.Module, mended: nn.Module
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
-    """Scores of parents, ensemble, naive average and result on the test split, and curves between two models."""
+    """Scores of parents, ensemble, naive average and result on the test split, and curves between every two models.
+
+    Three and more models: each line is walked at its ends and its middle only.
+    """
     if inputs.data is None:
         return None, None
     test = inputs.data.test()
@@ -191,15 +198,16 @@ def measure(
             naive, inputs.calibration, recipe.repair, parents=inputs.models, coefficients=recipe.coefficients
         )
         scores["naive_mended"] = describe_score(evaluate(naive, test))
-    if len(inputs.models) != 2 or not alignment.is_exact:
+    if len(inputs.models) > MOST_MODELS_WALKED or not alignment.is_exact:
         return scores, None
-    moved = apply(alignment, inputs.models[1], 1)
-    reference = apply(alignment, inputs.models[0], 0)
-    curves = {
-        "naive": connect(inputs.models[0], inputs.models[1], test, calibration=inputs.calibration).to_dict(),
-        "aligned": connect(reference, moved, test, calibration=inputs.calibration).to_dict(),
-    }
-    return scores, [{"models": [0, 1], **curves}]
+    points = 11 if len(inputs.models) == 2 else 3
+    still = align(inputs.models, alignment.symmetry, "identity")
+    naive, aligned = (
+        pairwise_barriers(inputs.models, frame, test, inputs.calibration, points) for frame in (still, alignment)
+    )
+    return scores, [
+        {"models": list(pair), "naive": naive[pair].to_dict(), "aligned": aligned[pair].to_dict()} for pair in naive
+    ]
 
 
 def aligned_names(paths: Sequence[str]) -> list[str]:
@@ -259,8 +267,12 @@ def run_compare(
     averages: Sequence[str] | None = None,
     repairs: Sequence[str] | None = None,
     split: str = "test",
+    cycles: bool = False,
 ) -> dict[str, Any]:
     """Merges the recipe's models in every way asked for, and returns the scores of all.
+
+    With `cycles`, of three models or more, also how far every method's pairwise matchings are from fitting together,
+    and the barriers between the models that it moved.
 
     Raises:
         DataError: There is no data, or it does not fit.
@@ -274,6 +286,8 @@ def run_compare(
     for kind, names, table in (("matching method", methods, METHODS), ("average", averages, AVERAGES)):
         for name in names or ():
             configure(kind, name, table)
+    if cycles and len(recipe.models) < 3:
+        raise InputError(f"--cycles with {len(recipe.models)} models: a cycle needs three at least")
     inputs = load_inputs(recipe)
     assert inputs.data is not None
     assert inputs.calibration is not None
@@ -281,9 +295,10 @@ def run_compare(
     proof = verify(inputs.models[0], symmetry, *inputs.example, seed=recipe.seed) if recipe.verify else None
     base = None if recipe.base_model is None else load_state(recipe.base_model)
     start = time.perf_counter()
+    scored = inputs.data.test() if split == "test" else inputs.calibration
     comparison = compare(
         inputs.models,
-        inputs.data.test() if split == "test" else inputs.calibration,
+        scored,
         inputs.calibration,
         symmetry,
         methods=methods,
@@ -292,15 +307,29 @@ def run_compare(
         base=base,
         seed=recipe.seed,
     )
+    chosen = [each for each in choose_methods(methods, inputs.calibration) if each.exact] if cycles else []
     return {
         **provenance(recipe, inputs, ""),
         "proof": describe_proof(proof),
         "free_units": symmetry.free_units,
         "split": split,
+        "cycles": [walk_cycles(each, inputs, symmetry, scored, recipe.seed) for each in chosen],
         "seconds": time.perf_counter() - start,
         "comparison": comparison.to_dict(),
         "table": comparison.to_markdown(),
     }
+
+
+def walk_cycles(method: Match, inputs: Inputs, symmetry: Symmetry, scored: Any, seed: int) -> dict[str, Any]:
+    """A method's cycle error, and the rise of loss and error half way between every two of the models it moved."""
+    error = cycle_error(inputs.models, symmetry, method, inputs.calibration, seed)
+    alignment = align(inputs.models, symmetry, method, inputs.calibration, seed)
+    curves = pairwise_barriers(inputs.models, alignment, scored, inputs.calibration, points=3)
+    lines = [
+        {"models": list(pair), "barrier": curve.midpoint_barrier, "error_barrier": curve.midpoint_error_barrier}
+        for pair, curve in curves.items()
+    ]
+    return {**error.to_dict(), "lines": lines}
 
 
 def inspect_model(

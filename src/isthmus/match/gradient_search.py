@@ -28,8 +28,8 @@ from isthmus.transform import LinearMap, Permutation, Transform, Transforms, mov
 
 # Share of the batches, the last ones, on which what was found is judged.
 HELD_OUT = 0.1
-# How often a search stops to judge what it has.
-CHECKS = 5
+# A search stops to judge what it has at least so often, and at least once in so many steps.
+CHECKS, APART = 5, 12
 
 
 class TaskLoss:
@@ -263,7 +263,8 @@ def search(
     lowest = loss = first = judge(start)
     losses: list[float] = []
     best_step = skipped = 0
-    checks = {max(1, round(steps * (check + 1) / CHECKS)) for check in range(CHECKS)}
+    count = max(CHECKS, math.ceil(steps / APART))
+    checks = {max(1, round(steps * (check + 1) / count)) for check in range(count)}
     for index in progress(range(1, steps + 1), what):
         skipped += not step()
         if index not in checks:

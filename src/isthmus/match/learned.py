@@ -13,7 +13,16 @@ from torch import Tensor
 from isthmus.assignment import solve_laps
 from isthmus.errors import InputError
 from isthmus.match.base import Problem, State, identity_transforms
-from isthmus.match.gradient_search import TaskLoss, check_search, combine, matrices, move_softly, search
+from isthmus.match.gradient_search import (
+    TaskLoss,
+    check_search,
+    combine,
+    follow,
+    gradients_of,
+    matrices,
+    move_softly,
+    search,
+)
 from isthmus.match.many import Pair, all_to_one, check_reference
 from isthmus.match.weight_matching import best_of_starts
 from isthmus.match.weight_objective import WeightObjective
@@ -67,7 +76,7 @@ class Learned:
     reference: str = "first"
 
     name: ClassVar[str] = "learned"
-    exact: ClassVar[bool] = True
+    exact: ClassVar[bool] = True  # of the default group
 
     @property
     def needs(self) -> str:
@@ -109,15 +118,13 @@ class Learned:
         generator = torch.Generator().manual_seed(problem.seed)
         batches = task.batches(generator)
 
-        def step() -> None:
+        def step() -> bool:
             low, high = LAMBDAS
             t = low + (high - low) * float(torch.rand((), generator=generator))
             state = move_softly(moved, latents.maps(), symmetry)
             loss = task.at(combine([fixed, state], [1 - t, t]), batches.next())
             leaves = list(latents.free.values())
-            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
-                leaf.grad = gradient
-            optimizer.step()
+            return follow(optimizer, leaves, gradients_of(loss, leaves))
 
         def judge(transforms: Sequence[Transforms]) -> float:
             state = move_state(moved, transforms[0], symmetry, reset_variances=True)
@@ -178,7 +185,11 @@ class Latents:
         return {name: self.map(name) for name in self.free}
 
     def map(self, name: str) -> LinearMap:
-        """One space's map."""
+        """One space's map.
+
+        Raises:
+            InputError: Steps so long that an invertible map became singular.
+        """
         free, start = self.free[name], self.start[name]
         if self.group[name] == "permutation":
             hard = matrices(nearest(free).indices, free)
@@ -190,7 +201,10 @@ class Latents:
             into = torch.linalg.solve(identity - skew, identity + skew) @ start
             return LinearMap(into, into.transpose(1, 2))
         change = identity + free
-        return LinearMap(change @ start, start.transpose(1, 2) @ torch.linalg.inv(change))
+        inverse, info = torch.linalg.inv_ex(change)
+        if info.any():
+            raise InputError(f"space {name}: its map became singular; give a smaller learning_rate")
+        return LinearMap(change @ start, start.transpose(1, 2) @ inverse)
 
     def transforms(self) -> dict[str, Transform]:
         """The maps as they are kept: permutations as indices."""

@@ -16,6 +16,8 @@ from isthmus.match.gradient_search import (
     TaskLoss,
     check_search,
     combine,
+    follow,
+    gradients_of,
     matrices,
     move_softly,
     search,
@@ -137,14 +139,11 @@ class Sinkhorn:
                 t = float(torch.rand((), generator=generator))
             return task.at(combine([fixed, state], [1 - t, t]), batches.next())
 
-        def step() -> None:
+        def step() -> bool:
             maps = {name: doubly_stochastic(x, self.temperature, self.iterations) for name, x in latents.items()}
             loss = loss_at(move_softly(moved, maps, symmetry))
-            for latent, gradient in zip(
-                latents.values(), torch.autograd.grad(loss, list(latents.values())), strict=True
-            ):
-                latent.grad = gradient
-            optimizer.step()
+            leaves = list(latents.values())
+            return follow(optimizer, leaves, gradients_of(loss, leaves))
 
         def judge(transforms: Sequence[Transforms]) -> float:
             state = move_state(moved, transforms[0], symmetry)

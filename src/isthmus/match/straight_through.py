@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isthmus.errors import InputError
 from isthmus.match.base import Problem, identity_transforms
-from isthmus.match.gradient_search import TaskLoss, check_search, combine, search
+from isthmus.match.gradient_search import TaskLoss, check_search, combine, follow, gradients_of, search
 from isthmus.match.weight_matching import WeightMatching, descend
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.transform import Alignment, Transform, Transforms
@@ -86,7 +86,8 @@ class StraightThrough:
         task = TaskLoss(problem, self.batch)
         walk = Walk(problem, task, start, self.learning_rate)
         if walk.is_over:
-            return Alignment(symmetry, tuple(start), self.name, details={"equal": True})
+            seconds = time.perf_counter() - begun
+            return Alignment(symmetry, tuple(start), self.name, seconds=seconds, details={"equal": True})
 
         def judge(transforms: Sequence[Transforms]) -> float:
             moved = [task.moved(index, each) for index, each in enumerate(transforms)]
@@ -136,19 +137,20 @@ class Walk:
         first, *others = self.moved
         return all(torch.equal(first[name], other[name]) for other in others for name in self.parameters)
 
-    def step(self) -> None:
-        """Moves the free weights along the gradient, and projects them."""
+    def step(self) -> bool:
+        """Moves the free weights along the gradient, and projects them; False if the gradient is no number."""
         count = len(self.moved)
         weights = [0.5, 0.5] if count == 2 else self.rng.dirichlet(np.ones(count)).tolist()
         merged = combine(self.moved, weights)
         leaves = [merged[name].requires_grad_() for name in self.names]
         loss = self.task.at(merged, self.batches.next())
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        for weight, free in zip(weights[1:], self.free, strict=True):
-            for name, gradient in zip(self.names, gradients, strict=True):
-                free[name].grad = None if gradient is None else weight * gradient
-        self.optimizer.step()
-        self.project()
+        gradients = gradients_of(loss, leaves)
+        free = [tensor for each in self.free for tensor in each.values()]
+        shares = [None if each is None else weight * each for weight in weights[1:] for each in gradients]
+        taken = follow(self.optimizer, free, shares)
+        if taken:
+            self.project()
+        return taken
 
     def project(self) -> None:
         """The permutations of every model that bring it nearest to its free weights, from the last ones on."""
