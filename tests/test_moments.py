@@ -91,7 +91,7 @@ def test_sums_in_pieces_are_sums_of_all(offset):
     values = torch.randn(9001, 6, generator=torch.Generator().manual_seed(1)) + offset
     sums = Accumulator([3, 3], torch.device("cpu"))
     for piece in values.split(1234):
-        sums.add(piece)
+        sums.add(piece.split(3, dim=1))
     assert sums.count == 9001
     read = sums.finish().of_one_size()
     assert_close(read, *naive(values[:, :3].double().numpy(), values[:, 3:].double().numpy()), tolerance=ROUNDING)
@@ -100,7 +100,7 @@ def test_sums_in_pieces_are_sums_of_all(offset):
 def test_float64_models_are_read_in_float64():
     values = torch.randn(5000, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     sums = Accumulator([4], torch.device("cpu"))
-    sums.add(values)
+    sums.add([values])
     assert_close(sums.finish().of_one_size(), *naive(values.numpy()), tolerance=1e-13)
 
 

@@ -130,15 +130,24 @@ class Accumulator:
         self.total = torch.zeros(total, dtype=torch.float64, device=device)
         self.products = torch.zeros(total, total, dtype=torch.float64, device=device)
 
-    def add(self, values: Float[Tensor, "samples columns"]) -> None:
-        """Adds samples of all models side by side; the first batch's mean becomes the shift."""
-        values = values if values.dtype == torch.float64 else values.float()
+    def add(self, values: Sequence[Float[Tensor, "samples _"]]) -> None:
+        """Adds the same samples of every model; the mean of the first ones becomes the shift."""
+        count = len(values[0])
+        # Units first: that is how convolutions leave them, so that shifting is the only copy.
+        dtype = torch.float64 if any(each.dtype == torch.float64 for each in values) else torch.float32
+        rows = [each.T.to(dtype) for each in values]
         if self.shift is None:
-            self.shift = values.mean(dim=0, dtype=torch.float64).to(values.dtype)
-        for chunk in (values - self.shift).split(CHUNK):
-            self.total += chunk.sum(dim=0, dtype=torch.float64)
-            self.products += (chunk.T @ chunk).double()
-        self.count += len(values)
+            first = [each[:, :CHUNK].mean(dim=1, dtype=torch.float64).to(dtype) for each in rows]
+            self.shift = torch.cat(first)
+        shifts = self.shift.split(self.units)
+        chunk = self.shift.new_empty(len(self.shift), min(count, CHUNK))
+        for start in range(0, count, CHUNK):
+            part = chunk[:, : min(CHUNK, count - start)]
+            for here, each, shift in zip(part.split(self.units), rows, shifts, strict=True):
+                torch.sub(each[:, start : start + CHUNK], shift[:, None], out=here)
+            self.total += part.sum(dim=1).double()
+            self.products += (part @ part.T).double()
+        self.count += count
 
     def finish(self) -> JointMoments:
         """The moments of all samples added."""
@@ -252,7 +261,7 @@ def read_spaces(
                 raise SymmetryError(
                     f"space {space} is read at other places in one model than in another: match by weights"
                 )
-            sums[space].add(torch.cat(values, dim=1))
+            sums[space].add(values)
         samples += batch.size
     return {name: accumulator.finish() for name, accumulator in sums.items()}, samples
 
@@ -292,8 +301,11 @@ class Reading:
         copies, size, repeat = self.site.positions.shape
         if self.averaged:
             value = value.mean(dim=self.averaged, keepdim=True)
-        where = torch.from_numpy(self.site.positions.transpose(2, 0, 1).reshape(-1)).to(value.device)
-        flat = to_front(value, self.site.dims).index_select(0, where).reshape(repeat, copies * size, -1)
+        flat = to_front(value, self.site.dims)
+        where = self.site.positions.transpose(2, 0, 1).reshape(-1)
+        if not np.array_equal(where, np.arange(len(flat))):
+            flat = flat.index_select(0, torch.from_numpy(where).to(value.device))
+        flat = flat.reshape(repeat, copies * size, -1)
         if self.repeats_averaged:
             flat = flat.mean(dim=0, keepdim=True)
         return flat.permute(0, 2, 1).reshape(-1, copies * size)
