@@ -1,0 +1,1 @@
+"""What a merged network's units are: the evidence beside every alignment."""
