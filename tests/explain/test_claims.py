@@ -12,7 +12,8 @@ import isthmus
 from isthmus.errors import InputError
 from isthmus.explain import claims
 from isthmus.explain.claims import FAILS, HOLDS, PARTLY, judge_claims, split_gains, top_share
-from isthmus.explain.spectrum import LayerSpectrum, Overlap, Spectra, TaylorBarrier, measure_spectra, taylor_barrier
+from isthmus.explain.spectrum import LayerSpectrum, Overlap, Spectra, measure_spectra
+from isthmus.explain.taylor import TaylorBarrier, taylor_barrier
 from isthmus.match.base import identity_transforms
 from isthmus.transform import Alignment
 from pairs import MLP, data_of, symmetry, trained

@@ -16,20 +16,9 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import DataError, InputError, ModelError, TransformError
-from isthmus.explain.spectrum import (
-    EqualDistance,
-    Intervention,
-    MatchedPart,
-    Spectra,
-    factorise,
-    intervene,
-    match_directions,
-    measure_spectra,
-    pairing,
-    summed,
-    taylor_barrier,
-    weights_of,
-)
+from isthmus.explain.directions import EqualDistance, Intervention, MatchedPart, intervene, match_directions
+from isthmus.explain.spectrum import Spectra, factorise, measure_spectra, pairing, summed, weights_of
+from isthmus.explain.taylor import taylor_barrier
 from isthmus.match import WeightMatching
 from isthmus.match.base import identity_transforms
 from isthmus.symmetry import Site, Space

@@ -11,7 +11,8 @@ from statistics import median
 from typing import Any
 
 from isthmus.errors import InputError
-from isthmus.explain.spectrum import LayerSpectrum, Spectra, TaylorBarrier
+from isthmus.explain.spectrum import LayerSpectrum, Spectra
+from isthmus.explain.taylor import TaylorBarrier
 
 HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not"
 
