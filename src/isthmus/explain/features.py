@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from isthmus.batches import Batch, check_data, read_batches
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
+from isthmus.explain.units import means_of_units
 from isthmus.members import as_modules
 from isthmus.moments import check_at, symmetry_of
 from isthmus.progress import progress
@@ -708,15 +709,7 @@ class Target:
     ) -> Float[Tensor, "images units"]:
         """Every unit's mean over its positions in every image."""
         value = self.forward(len(images)).value(state, images)
-        answers = []
-        for site in self.sites:
-            rest = [dim for dim in range(value.ndim) if dim != self.batch_dim and dim not in site.dims]
-            rows = value.permute(self.batch_dim, *rest, *site.dims)
-            places = math.prod(value.shape[dim] for dim in site.dims)
-            rows = rows.reshape(len(images), -1, places).mean(dim=1)
-            positions = torch.from_numpy(site.positions.reshape(self.units, -1)).to(rows.device)
-            answers.append(rows[:, positions].mean(dim=2))
-        return torch.stack(answers).mean(dim=0)
+        return means_of_units(value, self.sites, self.batch_dim)
 
 
 def float32_program(model: nn.Module, program: Program) -> Program:
