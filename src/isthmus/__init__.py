@@ -21,6 +21,7 @@ from isthmus.moments import Moments, collect
 from isthmus.partial_zip import PartialZip, partial_zip
 from isthmus.repair import repair
 from isthmus.score import Score, evaluate
+from isthmus.simplex import Plane, Simplex, walk_plane, walk_simplex
 from isthmus.symmetry import Frozen, Group, Site, Space, Symmetry
 from isthmus.trace import Proof, trace, verify
 from isthmus.transform import Alignment, LinearMap, Permutation, apply
@@ -41,9 +42,11 @@ __all__ = [
     "Moments",
     "PartialZip",
     "Permutation",
+    "Plane",
     "Proof",
     "Row",
     "Score",
+    "Simplex",
     "Site",
     "Space",
     "Symmetry",
@@ -66,4 +69,6 @@ __all__ = [
     "repair",
     "trace",
     "verify",
+    "walk_plane",
+    "walk_simplex",
 ]

@@ -275,6 +275,32 @@ def compare(
 
 
 @app.command()
+def explain(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished isthmus merge.")],
+    images: Annotated[int, typer.Option(help="Inputs of the test split to score units on.")] = 2000,
+    units: Annotated[int, typer.Option(help="Best, middle and worst units to draw of a space; 0 draws none.")] = 2,
+    spaces: Annotated[int, typer.Option(help="Of how many spaces units are drawn.")] = 6,
+    pictures: Annotated[str, typer.Option(help="How they are drawn: fourier or maco.")] = "fourier",
+    steps: Annotated[int | None, typer.Option(help="Steps of gradient ascent a picture.")] = None,
+    no_claims: Annotated[
+        bool,
+        typer.Option("--no-claims", help="Leave out the claims on weight matching, which match in three more ways."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Explain a merge, unit by unit and direction by direction, in its report.html."""
+    from isthmus.explanation import Wishes, explain_run
+
+    wishes = Wishes(images, units, spaces, pictures, steps, not no_claims)
+    report = explain_run(folder, wishes)
+    if as_json:
+        return print_json(report)
+    print_explanation(report["explain"])
+    console.print(f"written to {escape(str(folder))}: report.html, report.json, features.json")
+    return None
+
+
+@app.command()
 def train(
     model: Annotated[str, typer.Argument(help="zoo:NAME?key=value, or package.module:factory?key=value.")],
     data: Annotated[str, typer.Option("--data", help="A data set's name, or FILE.npz.")],
@@ -600,6 +626,27 @@ def print_cycles(cycles: Sequence[Mapping[str, Any]]) -> None:
             each["method"], spoken_share(each["share_lost"]), *(f"{line['barrier']:+.4f}" for line in each["lines"])
         )
     console.print(table)
+
+
+def print_explanation(told: Mapping[str, Any]) -> None:
+    """Prints what became of the units, space by space, and the verdicts."""
+    title = f"units, on {told['data']['images']} images of {told['data']['name']} ({told['data']['split']} split)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("space", no_wrap=True)
+    for column in ("units", "matched", "merged", "naive", "shared", "of some", "lost"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for space in told["spaces"]:
+        correlation, labels = space["correlation"], space["labels"]
+        naive = "–" if correlation["naive"] is None else f"{min(correlation['naive']):.2f}"
+        some = space["units"] - labels["shared"] - labels["lost"]
+        table.add_row(
+            space["name"], str(space["units"]), f"{correlation['matched']:.2f}", f"{min(correlation['merged']):.2f}",
+            naive, str(labels["shared"]), str(some), str(labels["lost"]),
+        )  # fmt: skip
+    console.print(table)
+    for claim in [*told["claims"], *told["questions"]]:
+        console.print(f"[bold]{claim['verdict'] or 'not measured'}[/bold]: {escape(claim['text'])}")
+        console.print(f"  {escape(claim['figure'])}", style="dim")
 
 
 def spoken_share(value: float | None) -> str:

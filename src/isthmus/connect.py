@@ -1,20 +1,19 @@
 """Connecting: loss and accuracy along the straight line between two models, and the barrier on it."""
 
-import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from isthmus.batches import check_data
 from isthmus.errors import DataError, InputError
 from isthmus.members import as_modules
-from isthmus.merge import upcast
+from isthmus.merge import merge
 from isthmus.progress import progress
 from isthmus.running_statistics import normalisation_layers, reset_statistics
-from isthmus.score import Loss, evaluate
+from isthmus.score import Loss, Score, evaluate
 
 
 @dataclass(frozen=True)
@@ -105,42 +104,63 @@ def connect(
     """
     if points < 2:
         raise InputError(f"points={points}: a line needs its two ends at least")
-    if repair not in (None, "reset"):
-        raise InputError(f"repair={repair!r}: along a line, statistics are 'reset' or left as they are (None)")
     check_data(data)
     a, b = as_modules([model_a, model_b])
-    normalised = bool(normalisation_layers(a))
-    if repair == "reset" and normalised:
-        if calibration is None:
-            raise DataError("repair='reset' re-estimates BatchNorm statistics: give calibration=, or repair=None")
-        check_data(calibration)
+    mending = check_mending(a, repair, calibration)
     lambdas = tuple(index / (points - 1) for index in range(points))
-    raw, mended = [], []
-    for x in progress(lambdas, "walking the line"):
-        model = interpolate(a, b, x)
-        raw.append(evaluate(model, data, loss=loss))
-        if repair == "reset" and normalised:
-            reset_statistics(model, calibration)
-            mended.append(evaluate(model, data, loss=loss))
-        else:
-            mended.append(raw[-1])
+    places = progress([(1 - x, x) for x in lambdas], "walking the line")
+    scores = [score_merged([a, b], place, data, calibration if mending else None, loss=loss) for place in places]
     return Curve(
         lambdas=lambdas,
-        losses=tuple(score.loss for score in mended),
-        accuracies=tuple(score.accuracy for score in mended if score.accuracy is not None),
-        raw_losses=tuple(score.loss for score in raw),
-        raw_accuracies=tuple(score.accuracy for score in raw if score.accuracy is not None),
-        repair=repair if normalised else None,
+        losses=tuple(mended.loss for _, mended in scores),
+        accuracies=tuple(mended.accuracy for _, mended in scores if mended.accuracy is not None),
+        raw_losses=tuple(raw.loss for raw, _ in scores),
+        raw_accuracies=tuple(raw.accuracy for raw, _ in scores if raw.accuracy is not None),
+        repair="reset" if mending else None,
     )
+
+
+def check_mending(model: nn.Module, repair: str | None, calibration: Any) -> bool:
+    """Whether statistics are to be re-estimated where weights are mixed: `repair` says so, and there are some.
+
+    Raises:
+        DataError: They are, and `calibration` is missing or readable only once.
+        InputError: An unknown repair.
+    """
+    if repair not in (None, "reset"):
+        raise InputError(f"repair={repair!r}: between models, statistics are 'reset' or left as they are (None)")
+    if repair is None or not normalisation_layers(model):
+        return False
+    if calibration is None:
+        raise DataError("repair='reset' re-estimates BatchNorm statistics: give calibration=, or repair=None")
+    check_data(calibration)
+    return True
+
+
+def score_merged(
+    models: Sequence[nn.Module], coefficients: Sequence[float], data: Any, calibration: Any, *, loss: Loss | None = None
+) -> tuple[Score, Score]:
+    """The score of the weights Σ c_m W_m, raw and mended.
+
+    Args:
+        models: Modules of one architecture, in one frame.
+        coefficients: One c_m a model, summing to one.
+        data: Labelled batches to score on.
+        calibration: Training data to re-estimate BatchNorm statistics on; None leaves the mixed ones, and both scores
+            are the same.
+        loss: Mean loss from outputs and targets; cross-entropy by default.
+
+    Returns:
+        The score with statistics mixed as the weights are, and that with re-estimated ones.
+    """
+    model = merge(models, None, "mean", coefficients)
+    raw = evaluate(model, data, loss=loss)
+    if calibration is None:
+        return raw, raw
+    reset_statistics(model, calibration)
+    return raw, evaluate(model, data, loss=loss)
 
 
 def interpolate(a: nn.Module, b: nn.Module, x: float) -> nn.Module:
     """A new module with the weights (1 − x)·A + x·B, integer buffers from A."""
-    model = copy.deepcopy(a).eval()
-    right = upcast(b.state_dict())
-    mixed = {
-        name: torch.lerp(tensor, right[name].to(tensor.dtype), x) if tensor.is_floating_point() else tensor
-        for name, tensor in upcast(a.state_dict()).items()
-    }
-    model.load_state_dict(mixed)
-    return model
+    return merge([a, b], None, "mean", [1 - x, x])

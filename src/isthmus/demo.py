@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from isthmus.explanation import explain_run
 from isthmus.pipeline import run_merge
 from isthmus.recipe import Alignment, Data, Member, Recipe
 from isthmus.training import run_train
@@ -53,4 +54,6 @@ def run_demo(out: Path, say: Callable[[str], None] | None = None) -> dict[str, A
         repair="reset",
     )
     tell("tracing, proving, aligning, merging, mending and measuring …")
-    return run_merge(recipe, out, force=True, command="isthmus demo")
+    run_merge(recipe, out, force=True, command="isthmus demo")
+    tell("explaining it, unit by unit …")
+    return explain_run(out)

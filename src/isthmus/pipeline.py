@@ -1,5 +1,6 @@
 """From a recipe to a finished run folder: read, check, trace, prove, align, merge, mend, measure, write."""
 
+import itertools
 import json
 import shutil
 import time
@@ -40,6 +41,7 @@ from isthmus.repair import REPAIRS, repair
 from isthmus.report import write_report
 from isthmus.running_statistics import normalisation_layers
 from isthmus.score import Ensemble, evaluate
+from isthmus.simplex import walk_simplex
 from isthmus.symmetry import Symmetry
 from isthmus.trace import Proof, trace, verify
 from isthmus.transform import Alignment, apply
@@ -80,7 +82,7 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
         mended = mend(merged, recipe, inputs, alignment)
         if recipe.out_dtype is not None:
             mended = mended.to(getattr(torch, recipe.out_dtype))
-        scores, curves = measure(recipe, inputs, alignment, merged, mended)
+        scores, curves, simplex = measure(recipe, inputs, alignment, merged, mended)
         report = {
             **provenance(recipe, inputs, command),
             "method": describe_alignment(recipe, alignment),
@@ -95,6 +97,7 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
             "symmetry": describe_symmetry(symmetry, alignment),
             "scores": scores,
             "curves": curves,
+            "simplex": simplex,
         }
         report["seconds"] = time.perf_counter() - start
         report["verdict"] = verdict(report)
@@ -176,13 +179,14 @@ def mend(merged: nn.Module, recipe: Recipe, inputs: Inputs, alignment: Alignment
 
 def measure(
     recipe: Recipe, inputs: Inputs, alignment: Alignment, merged: nn.Module, mended: nn.Module
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
-    """Scores of parents, ensemble, naive average and result on the test split, and curves between every two models.
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None, dict[str, Any] | None]:
+    """Scores of parents, ensemble, naive average and result on the test split, curves, and the simplex of three.
 
-    Three and more models: each line is walked at its ends and its middle only.
+    Three and more models: each line is walked at its ends and its middle only. Between three, the lines are the edges
+    of their triangle, so that its centre is the one place more.
     """
     if inputs.data is None:
-        return None, None
+        return None, None, None
     test = inputs.data.test()
     naive = merge(inputs.models, None, "mean", recipe.coefficients)
     scores = {
@@ -199,15 +203,27 @@ def measure(
         )
         scores["naive_mended"] = describe_score(evaluate(naive, test))
     if len(inputs.models) > MOST_MODELS_WALKED or not alignment.is_exact:
-        return scores, None
+        return scores, None, None
+    if len(inputs.models) == 3:
+        moved = [apply(alignment, model, index) for index, model in enumerate(inputs.models)]
+        walked = {
+            kind: walk_simplex(models, test, 3, "reset", inputs.calibration)
+            for kind, models in (("naive", inputs.models), ("aligned", moved))
+        }
+        curves = [
+            {"models": [a, b], **{kind: simplex.edge(a, b).to_dict() for kind, simplex in walked.items()}}
+            for a, b in itertools.combinations(range(3), 2)
+        ]
+        return scores, curves, {kind: simplex.to_dict() for kind, simplex in walked.items()}
     points = 11 if len(inputs.models) == 2 else 3
     still = align(inputs.models, alignment.symmetry, "identity")
     naive, aligned = (
         pairwise_barriers(inputs.models, frame, test, inputs.calibration, points) for frame in (still, alignment)
     )
-    return scores, [
+    curves = [
         {"models": list(pair), "naive": naive[pair].to_dict(), "aligned": aligned[pair].to_dict()} for pair in naive
     ]
+    return scores, curves, None
 
 
 def aligned_names(paths: Sequence[str]) -> list[str]:

@@ -1,29 +1,22 @@
-"""Feature visualisation: pictures against naive loops, laws of what may change a picture, and known spectra."""
+"""Feature visualisation: pictures against naive loops, and laws of what may change a picture."""
 
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import isthmus
+import isthmus.explain.target
+from coloured import coloured
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
-from isthmus.explain.features import (
-    PARAMETRISATIONS,
-    FourierImages,
-    Maco,
-    Target,
-    generator_of,
-    high_frequency_share,
-    measure_images,
-    respond,
-    spectrum_of,
-    visualise,
-    visualise_many,
-)
+from isthmus.explain.ascent import generator_of
+from isthmus.explain.features import respond, visualise, visualise_many
+from isthmus.explain.images import high_frequency_share, measure_images, spectrum_of
+from isthmus.explain.parametrisations import PARAMETRISATIONS, FourierImages, Maco
+from isthmus.explain.target import Target
 from isthmus.registry import configure
 from pairs import MLP, RESNET20, VGG_BN, data_of, lively, planted, stir, symmetry, trained
 from refusals import refuses
@@ -58,51 +51,12 @@ def small(channels: int = 3, side: int = 8, seed: int = 0):
     return model, isthmus.trace(model, torch.randn(2, channels, side, side))
 
 
-def coloured(samples: int = 60, channels: int = 3, height: int = 8, width: int = 8, seed: int = 0):
-    """Batches of smooth images whose colours are correlated."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, channels, height, width, generator=generator)
-    x = x + 2 * F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="circular"), 3, stride=1)
-    mixed = torch.einsum("cd,ndhw->nchw", torch.eye(channels) + 0.8, x) + torch.arange(channels)[:, None, None] * 0.3
-    return list(mixed.split(25))
-
-
 @pytest.fixture(scope="module")
 def digits_mlp():
     """The trained perceptron of the digits and its symmetry, on images instead of vectors."""
     model = trained(MLP, 0)
     batches = [(x.unflatten(1, (1, 8, 8)), y) for x, y in data_of(MLP)]
     return model, isthmus.trace(model, batches[0][0][:2]), batches
-
-
-def naive_fourier(numbers: np.ndarray, weights: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A real image from its coefficients, as the sum of waves that `irfft2` is the fast form of."""
-    rows, columns = np.arange(height)[:, None], np.arange(width)[None, :]
-    image = np.zeros((height, width))
-    for u in range(height):
-        for v in range(width // 2 + 1):
-            a, b = numbers[u, v] * weights[u, v]
-            angle = 2 * np.pi * (u * rows / height + v * columns / width)
-            twice = 1 if v in (0, width / 2) else 2  # the other half of the plane holds the conjugates
-            image += twice * (a * np.cos(angle) - b * np.sin(angle))
-    return image / math.sqrt(height * width)
-
-
-@pytest.mark.parametrize(("height", "width"), [(8, 8), (6, 9)])
-def test_fourier_images_are_the_waves_of_their_coefficients_in_the_datas_range(height, width):
-    statistics = measure_images(coloured(height=height, width=width))
-    method = FourierImages(contrast=None, decay=1.0)
-    numbers = method.start((3, height, width), torch.Generator().manual_seed(0)) * 20
-    found = method.images(numbers[None], statistics, (3, height, width))[0].double()
-    rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :]
-    weights = 1 / np.maximum(np.sqrt(rows**2 + columns**2), 1 / max(height, width)) / 4
-    waves = np.stack([naive_fourier(each, weights, height, width) for each in numbers.double().numpy()])
-    z = np.einsum("cd,dhw->chw", statistics.colours.numpy(), waves)
-    low, high, mean = (x.numpy()[:, None, None] for x in (statistics.low, statistics.high, statistics.mean))
-    share = (mean - low) / (high - low)
-    expected = low + (high - low) / (1 + np.exp(-(np.log(share / (1 - share)) + z)))
-    # float32 sums of 48 waves of amplitude below 1
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_first_steps_are_those_of_adam_on_one_unit_read_by_a_hook():
@@ -146,7 +100,7 @@ def test_parts_that_are_drawn_one_after_the_other_give_the_same_pictures(monkeyp
     whole = visualise(model, sym, "second", None, statistics, steps=10)
     target = Target(model, sym, "second", "pre", -1)
     assert target.most_images > 8
-    monkeypatch.setattr("isthmus.explain.features.MEMORY", isthmus.explain.features.MEMORY * 3 // target.most_images)
+    monkeypatch.setattr("isthmus.explain.target.MEMORY", isthmus.explain.target.MEMORY * 3 // target.most_images)
     assert Target(model, sym, "second", "pre", -1).most_images == 3
     parts = visualise(model, sym, "second", None, statistics, steps=10)
     assert parts.units == whole.units == tuple(range(8))
@@ -308,33 +262,6 @@ def test_the_mean_answers_at_all_places_average_to_the_mean_that_collect_finds(n
             torch.testing.assert_close(inside, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 7, 10), (3, 9, 6), (4, 8, 8)])
-def test_macos_spectrum_has_the_datas_mean_magnitude_before_clamping(shape):
-    channels = shape[0]
-    data = coloured(40, *shape)
-    statistics = measure_images(data)
-    method = Maco()
-    phases = torch.stack([method.start(shape, torch.Generator().manual_seed(seed)) for seed in range(3)])
-    images = method.unclamped(phases, statistics, shape).double()
-    centred = images - statistics.mean[:, None, None]
-    turned = torch.einsum("cd,nchw->ndhw", statistics.axes, centred)
-    found = torch.fft.rfft2(turned).abs()
-    # Straight from the definition, on all images at once.
-    x = torch.cat(data).double()
-    natural = torch.einsum("cd,nchw->ndhw", statistics.axes, x - x.mean(dim=(0, 2, 3), keepdim=True)[0])
-    expected = torch.fft.rfft2(natural).abs().mean(dim=0)
-    expected[:, 0, 0] = 0  # the constant term is the mean colour
-    # float32 sums of up to 80 coefficients
-    torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(images.mean(dim=(0, 2, 3)), statistics.mean, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(statistics.axes @ statistics.axes.T, torch.eye(channels).double())
-    clamped = method.images(phases, statistics, shape)
-    assert (clamped >= statistics.low[:, None, None].float()).all()
-    assert (clamped <= statistics.high[:, None, None].float()).all()
-    inside = (images > statistics.low[:, None, None]) & (images < statistics.high[:, None, None])
-    torch.testing.assert_close(clamped[inside].double(), images[inside])
-
-
 def test_macos_pictures_keep_the_datas_share_of_high_frequencies():
     model, sym = small()
     data = coloured()
@@ -342,33 +269,6 @@ def test_macos_pictures_keep_the_datas_share_of_high_frequencies():
     maco = high_frequency_share(visualise(model, sym, "second", None, data, method="maco").images).mean()
     # Clamping adds a little, and the mean of magnitudes is not the root of the mean power, so only the order is kept.
     assert natural / 2 < maco < 2 * natural
-
-
-def test_statistics_are_those_of_all_pixels():
-    data = coloured()
-    x = torch.cat(data).double()
-    found = measure_images([(each, torch.zeros(len(each))) for each in data])
-    pixels = x.movedim(1, 0).flatten(1)
-    torch.testing.assert_close(found.mean, pixels.mean(dim=1))
-    torch.testing.assert_close(found.covariance, torch.cov(pixels, correction=0))
-    torch.testing.assert_close(found.low, pixels.amin(dim=1))
-    torch.testing.assert_close(found.high, pixels.amax(dim=1))
-    square = found.colours @ found.colours.T
-    torch.testing.assert_close(square / square[0, 0], found.covariance / found.covariance[0, 0])
-
-
-def test_contrast_is_a_limit_and_keeps_small_pictures():
-    statistics = measure_images(coloured())
-    generator = torch.Generator().manual_seed(0)
-    numbers = FourierImages().start((3, 8, 8), generator)[None] * torch.tensor([1e-2, 1e4])[:, None, None, None, None]
-    limited = FourierImages(contrast=0.1).images(numbers, statistics, (3, 8, 8)).double()
-    free = FourierImages(contrast=None).images(numbers, statistics, (3, 8, 8)).double()
-    torch.testing.assert_close(limited[0], free[0])
-    # At a tenth of the data's deviation, the sigmoid's slope changes by a few per cent only.
-    away = (limited[1] - statistics.mean[:, None, None]).square().mean(dim=(1, 2))
-    ratio = (away / statistics.covariance.diagonal()).mean().sqrt()
-    assert 0.08 < ratio < 0.12
-    assert (free[1] - statistics.mean[:, None, None]).square().mean() > 10 * away.mean()
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 8), (4, 12), (3, 224)])
@@ -454,39 +354,6 @@ def test_without_steps_the_noise_of_the_slot_is_returned():
     pictures = visualise(model, sym, "second", [1, 2, 3], coloured(), steps=0, slots=[9, 9, 4])
     assert torch.equal(pictures.images[0], pictures.images[1])
     assert not torch.equal(pictures.images[0], pictures.images[2])
-
-
-def test_white_noise_has_a_flat_spectrum_and_a_wave_has_its_own_ring():
-    generator = torch.Generator().manual_seed(0)
-    noise = 3 * torch.randn(200, 2, 32, 32, generator=generator)
-    spectrum = spectrum_of(noise)
-    assert spectrum.power.dtype == torch.float64
-    assert len(spectrum.frequency) == 17
-    assert spectrum.frequency[-1] == 0.5
-    # The constant term alone averages 400 values of relative deviation √2: 5 deviations are 0.36.
-    torch.testing.assert_close(spectrum.power, torch.full((17,), 9.0).double(), rtol=0.36, atol=0)
-    torch.testing.assert_close(spectrum.power[3:].mean(), torch.tensor(9.0).double(), rtol=0.02, atol=0)
-    share = high_frequency_share(noise)
-    # 1 − π/16 of the plane; the grid's own count differs by the circle's rim, 2π · 8 of 1,024 points.
-    assert share.mean() == pytest.approx(1 - math.pi / 16, abs=0.03)
-    columns = torch.arange(32)
-    for cycles in (3, 12):
-        wave = torch.cos(2 * math.pi * cycles * columns / 32).expand(1, 1, 32, 32)
-        power = spectrum_of(wave).power
-        assert power.argmax() == cycles
-        assert power[cycles] > 1e6 * power.sum().sub(power[cycles])  # one wave, rounded in float32
-        assert high_frequency_share(wave).item() == pytest.approx(float(cycles > 8), abs=1e-9)
-    assert high_frequency_share(torch.ones(1, 3, 8, 8)).item() == 0
-
-
-def test_parseval_on_images_that_are_not_square():
-    x = torch.randn(4, 2, 6, 10, generator=torch.Generator().manual_seed(0))
-    low = 1 - high_frequency_share(x)
-    power = torch.fft.fft2(x.double()).abs() ** 2
-    power[..., 0, 0] = 0
-    rows, columns = np.fft.fftfreq(6)[:, None], np.fft.fftfreq(10)[None, :]
-    inside = torch.from_numpy(rows**2 + columns**2 <= 1 / 16)
-    torch.testing.assert_close(low, power[..., inside].sum(dim=(1, 2)) / power.sum(dim=(1, 2, 3)))
 
 
 class Tokens(Net):

@@ -397,7 +397,7 @@ class Merged(nn.Module):
             "no layer's value has the batch in front",
         ),
     ],
-    ids=str,
+    ids=["one-model", "two-kinds", "no-data", "empty-data", "few-inputs", "foreign-symmetry", "batch-merged"],
 )
 def test_the_matrix_refuses(changed, kind, told):
     good = {"models": [trained(MLP, 0), trained(MLP, 1)], "symmetry": symmetry(MLP), "data": data_of(MLP)[:1]}

@@ -42,7 +42,8 @@ class SpaceUnits:
         space: Its name.
         names: One letter a model.
         threshold: Correlation from which a merged unit counts as a model's feature.
-        sources: The unit of each model that stands in each slot; -1 under linear maps, which mix units.
+        sources: The unit of each model that stands in each slot; of a linear map, which mixes units, the one that
+            counts most there.
         before: Mean correlation, over pairs of models, of the units of one number, not matched.
         matched: The same of matched units.
         merged: Correlation of the merged unit with each model's.
@@ -212,7 +213,7 @@ def measure_space(
         space=space.name,
         names=names,
         threshold=threshold,
-        sources=np.stack([np.full(units, -1) if m.order is None else m.order.numpy() for m in moves]),
+        sources=np.stack([move.sources.numpy() for move in moves]),
         before=torch.stack(before).mean(dim=0),
         matched=torch.stack(matched).mean(dim=0),
         merged=torch.stack(merged),
@@ -260,6 +261,14 @@ class Move:
         matrix = torch.zeros(space.copies, space.size, space.copies, space.size, dtype=torch.float64)
         matrix[torch.arange(space.copies), :, torch.from_numpy(rows), :] = into
         return cls(None, matrix.reshape(space.copies * space.size, -1))
+
+    @property
+    def sources(self) -> Int[Tensor, " units"]:
+        """The unit that stands in each slot, or that counts most there."""
+        if self.matrix is not None:
+            return self.matrix.abs().argmax(dim=1)
+        assert self.order is not None
+        return self.order
 
     def of_rows(self, values: Float[Tensor, "units columns"]) -> Float[Tensor, "units columns"]:
         """Values with one row a unit, carried into the frame."""

@@ -19,6 +19,14 @@ LIGHT: Mapping[str, str] = {
     "alarm": "#fdeceb",
     "alarm_text": "#8a1a14",
     "alarm_edge": "#c5372c",
+    "model_0": "#0b7466",
+    "model_1": "#7a3aa8",
+    "model_2": "#a3215f",
+    "model_3": "#6a6300",
+    "model_4": "#3d5a80",
+    "some_0": "#4d7ea8",
+    "some_1": "#8a6fb3",
+    "some_2": "#4f8a5b",
 }
 DARK: Mapping[str, str] = {
     "paper": "#14181d",
@@ -36,6 +44,14 @@ DARK: Mapping[str, str] = {
     "alarm": "#3b1b19",
     "alarm_text": "#f7b9b2",
     "alarm_edge": "#c0504a",
+    "model_0": "#4cc9b0",
+    "model_1": "#c79bf2",
+    "model_2": "#f58fbd",
+    "model_3": "#cfc65a",
+    "model_4": "#a3bede",
+    "some_0": "#5d8db8",
+    "some_1": "#9480c2",
+    "some_2": "#63a070",
 }
 
 

@@ -30,7 +30,7 @@ def clean(value: Any, longest: int = LONGEST) -> Any:
             return cut
         return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in cut)
     if isinstance(value, dict):
-        long = ("command", "verdict")
+        long = ("command", "verdict", "text", "figure", "threshold")
         return Facts({clean(key): clean(item, 10_000 if key in long else longest) for key, item in value.items()})
     return [clean(item, longest) for item in value] if isinstance(value, list) else value
 

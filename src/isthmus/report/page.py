@@ -1,4 +1,4 @@
-"""The page of a run: one self-contained HTML file, written from `report.json`."""
+"""The page of a run: one self-contained HTML file, from `report.json` and, where there is one, `features.json`."""
 
 import base64
 import hashlib
@@ -15,22 +15,25 @@ from isthmus.checkpoint import write_text
 from isthmus.errors import CheckpointError
 from isthmus.report import figures
 from isthmus.report.colours import DARK, LIGHT, css_variables
+from isthmus.report.gallery import read_features
 from isthmus.report.sections import SECTIONS, Report, opening
 
 NEEDED = ("isthmus", "models", "method", "symmetry", "verdict")
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `report.html` from the `report.json` of a run folder; returns its path.
+    """Writes `report.html` from the `report.json` of a run folder, and its `features.json` if any; returns its path.
 
     The page needs no other file and no network. The same report gives the same bytes.
 
     Raises:
-        CheckpointError: `report.json` is missing, damaged or no report, or the page cannot be written.
+        CheckpointError: `report.json` is missing, damaged or no report, `features.json` is damaged, or the page cannot
+            be written.
     """
     path = Path(folder) / "report.html"
     source = path.with_suffix(".json")
     report = read_report(source)
+    report["features"] = read_features(source.with_name("features.json")) if report.get("explain") else None
     try:
         page = render(report)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, UndefinedError) as error:
@@ -70,13 +73,15 @@ def render(report: Report) -> str:
         if facts is not None:
             template = environment.get_template(f"{section.name}.html.jinja")
             sections.append((section.name, section.title, Markup(template.render(facts))))
-    script = _source("page.js")
+    # What only explained runs need is left out of all other pages.
+    parts = ("page", "explained") if report.get("explain") else ("page",)
+    script, style = ("".join(_source(f"{part}.{kind}") for part in parts) for kind in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
     return environment.get_template("report.html.jinja").render(
         {
             **opening(report),
             "sections": sections,
-            "style": Markup(_source("page.css")),
+            "style": Markup(style),
             "script": Markup(script),
             "script_hash": digest,
             "light": Markup(css_variables(LIGHT)),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from isthmus.report import curves, figures
+from isthmus.report import curves, explained, figures, gallery, triangle
 
 Report = Mapping[str, Any]
 
@@ -406,6 +406,12 @@ class Section(NamedTuple):
 SECTIONS = (
     Section("scores", "Scores", scores),
     Section("path", "The path between the parents", path),
+    Section("triangle", "The triangle between the parents", triangle.triangle),
+    Section("why", "Why it worked", explained.why),
+    Section("layers", "Layer by layer", explained.layers),
+    Section("directions", "Singular directions", explained.directions),
+    Section("alike", "Alike?", explained.alike),
+    Section("units", "Units", gallery.units),
     Section("symmetry", "Symmetry", symmetry),
     Section("frozen", "What cannot move", frozen),
     Section("matching", "Method", matching),

@@ -3,16 +3,17 @@
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import SymInt, Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from isthmus.errors import InputError, ModelError, TraceError
+from isthmus.trace.batch_size import first_mixing
 
 
 @dataclass(eq=False)
@@ -27,6 +28,7 @@ class Program:
         parameters: Graph placeholders that are parameters or persistent buffers, with their state-dict names.
         constants: Graph placeholders that are constants, with their numbers.
         inputs: Names of the placeholders that are the model's inputs, in order.
+        fixed_size: Whether the module is a program that was exported for one batch size, which is written into it.
     """
 
     exported: ExportedProgram
@@ -36,6 +38,7 @@ class Program:
     parameters: dict[str, str] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
+    fixed_size: bool = False
     _recaptured: dict[tuple[Any, ...], "Program"] = field(default_factory=dict)
 
     @property
@@ -53,14 +56,49 @@ class Program:
         if shapes == input_shapes(self.args, self.kwargs):
             return self
         if shapes not in self._recaptured:
-            other = capture(self.module, args, kwargs)
-            if [(n.name, n.target) for n in self.graph.nodes] != [(n.name, n.target) for n in other.graph.nodes]:
-                own = input_shapes(self.args, self.kwargs)
-                raise TraceError(
-                    f"on inputs of shape {shapes} the model runs other operations than on {own}: trace it on those"
-                )
-            self._recaptured[shapes] = other
+            self._recaptured[shapes] = self.resized(args, kwargs) if self.fixed_size else self.recaptured(args, kwargs)
         return self._recaptured[shapes]
+
+    def recaptured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Program":
+        """The module captured again.
+
+        Raises:
+            TraceError: The graph is another one at this size.
+        """
+        other = capture(self.module, args, kwargs)
+        if not same_operations(self.graph, other.graph):
+            shapes, own = input_shapes(args, kwargs), input_shapes(self.args, self.kwargs)
+            raise TraceError(
+                f"on inputs of shape {shapes} the model runs other operations than on {own}: trace it on those"
+            )
+        return other
+
+    def resized(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Program":
+        """The operations of a program that was exported for one batch size, at another.
+
+        Raises:
+            TraceError: They do not run at this size, or may mix samples there.
+        """
+        own = {node.name: node.meta.get("val") for node in self.graph.nodes}
+        sizes = tuple(tuple(own[name].shape) for name in self.inputs if isinstance(own[name], Tensor))
+        refusal = (
+            f"the program was exported for inputs of shape {sizes} and cannot be used on {input_shapes(args, kwargs)}"
+        )
+        advice = "export it with a dynamic batch size, or trace the module itself"
+        try:
+            other = export(self.module, args, kwargs)
+        except TraceError as error:
+            raise TraceError(f"{refusal}: {error}; {advice}") from error
+        where = "its operations change" if not same_operations(self.graph, other.graph) else None
+        where = where or first_mixing(self.graph, other.graph, self.inputs)
+        if where is not None:
+            raise TraceError(f"{refusal}, where samples might mix ({where}): {advice}")
+        return replace(other, fixed_size=True)
+
+
+def same_operations(graph: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs run operations of the same names in the same order."""
+    return [(n.name, n.target) for n in graph.nodes] == [(n.name, n.target) for n in other.nodes]
 
 
 def input_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
@@ -91,17 +129,52 @@ def capture(
     """
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):
-        return describe(model, model.module(), args, kwargs)
+        return capture_exported(model, args, kwargs)
     if not args and not kwargs:
         raise InputError("no example input: give trace one batch of inputs, as the model's forward takes them")
-    structure = share_structure(model)
+    return export(share_structure(model), args, kwargs)
+
+
+def capture_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+    """The graph of a program that was exported before, on example inputs; on its own ones if none are given.
+
+    Raises:
+        TraceError: The program does not run at that size, or may mix samples there.
+    """
+    if not args and not kwargs and program.example_inputs is not None:
+        args, kwargs = program.example_inputs
+    inputs = [n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
+    shapes = [tuple(n.meta["val"].shape) for n in inputs if isinstance(n.meta.get("val"), Tensor)]
+    if any(isinstance(size, SymInt) for shape in shapes for size in shape):
+        return export(program.module(), args, kwargs)
+    own = describe(program, without_guards(program), args, kwargs)
+    own.fixed_size = True
+    return own if tuple(shapes) == input_shapes(args, kwargs) else own.resized(args, kwargs)
+
+
+def without_guards(program: ExportedProgram) -> nn.Module:
+    """A program's module that runs at every size at which its operations do."""
+    module = program.module()
+    module._forward_pre_hooks.clear()  # of these, some versions of torch check sizes
+    for node in [n for n in module.graph.nodes if n.op == "call_module" and not n.users]:  # and others in the graph
+        module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def export(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+    """A module's graph, in the mode in which the module is.
+
+    Raises:
+        TraceError: `torch.export` cannot capture the module on these inputs.
+    """
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on how to export, which nobody asked for
-            exported = torch.export.export(structure, args, kwargs, strict=False)
+            exported = torch.export.export(module, args, dict(kwargs), strict=False)
     except Exception as error:  # torch.export raises many types; all of them mean that the graph cannot be had
         raise TraceError(f"the model cannot be captured: {first_line(error)}") from error
-    return describe(exported, structure, args, kwargs)
+    return describe(exported, module, args, kwargs)
 
 
 def describe(exported: ExportedProgram, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:

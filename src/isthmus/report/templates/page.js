@@ -3,7 +3,7 @@
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const original = [...body.rows];
-  const heads = [...table.tHead.rows[0].cells];
+  const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells]; // the row above, if any, names groups
   heads.forEach((head, column) => {
     const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
     const isNumber = original.every((row) => row.cells[column].dataset.value !== undefined);
