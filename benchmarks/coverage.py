@@ -3,8 +3,9 @@
     python benchmarks/coverage.py --source torchvision|timm|transformers|zoo [--only REGEX] [--json OUT] [--limit 300]
 
 Each model runs in a process of its own with a time limit. Rows go to OUT (default
-benchmarks/results/coverage-SOURCE.json, where rows of models that did not run now stay), and docs/coverage.md is written
-anew from all files in that folder. `--render` only does the latter. Run by hand; the libraries are no dependency of the package or its tests.
+benchmarks/results/coverage-SOURCE.json, where rows of models that did not run now stay), and docs/coverage.md is
+written anew from all files in that folder. `--render` only does the latter. Run by hand; the libraries are no
+dependency of the package or its tests.
 
 A source is a module beside this file with a function `cases()` that yields a `Case` for each model; see SOURCES.
 """

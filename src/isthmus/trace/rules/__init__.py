@@ -4,6 +4,7 @@ import torch
 from torch._ops import OpOverload
 
 from isthmus.trace.execute import Rule
+from isthmus.trace.rules.attention import ATTENTION
 from isthmus.trace.rules.constant import CONSTANTS
 from isthmus.trace.rules.contraction import CONTRACTIONS
 from isthmus.trace.rules.normalisation import NORMALISATIONS
@@ -13,6 +14,7 @@ from isthmus.trace.rules.spatial import SPATIAL
 from isthmus.trace.rules.view import VIEWS
 
 RULES: dict[str, Rule] = {
+    **ATTENTION,
     **CONSTANTS,
     **CONTRACTIONS,
     **NORMALISATIONS,
