@@ -12,6 +12,7 @@ from isthmus.trace.execute import execute
 from isthmus.trace.proof import Proof, verify
 from isthmus.trace.rules import RULES, is_pointwise
 from isthmus.trace.spaces import describe_frozen, describe_graph, describe_spaces, solve
+from isthmus.trace.writes import mutate
 
 __all__ = ["Proof", "trace", "verify"]
 
@@ -35,7 +36,7 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
     state = state_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     program = capture(model, inputs, kwargs)
-    tracing = execute(program, RULES, is_pointwise)
+    tracing = execute(program, RULES, is_pointwise, mutate)
     solution = solve(tracing)
     spaces, names = describe_spaces(tracing, solution, list(shapes))
     tied = tied_names(model)

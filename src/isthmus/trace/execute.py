@@ -6,13 +6,22 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx.node import map_aggregate, map_arg
 
 from isthmus.trace.capture import Program, module_path
-from isthmus.trace.labels import Units, Value, as_parameter, constant_value, contains, identifies, rigid_value
+from isthmus.trace.labels import (
+    WILDCARD,
+    Ids,
+    Units,
+    Value,
+    as_parameter,
+    constant_value,
+    rigid_value,
+)
 
 # Constants up to this many elements are computed for real, so that index tensors can be followed.
 LARGEST_CONSTANT = 2**24
@@ -63,6 +72,7 @@ class Tracing:
         contractions: Products of activations with parameters.
         batch_norms: Normalisations by running statistics.
         nonlinear: Nodes that are the input of a nonlinear pointwise operation.
+        cut: For nodes that select a part of a value, the units that are in no part of it.
     """
 
     units: Units = field(default_factory=Units)
@@ -71,6 +81,7 @@ class Tracing:
     contractions: list[Contraction] = field(default_factory=list)
     batch_norms: list[BatchNorm] = field(default_factory=list)
     nonlinear: list[str] = field(default_factory=list)
+    cut: dict[str, list[Ids]] = field(default_factory=dict)
 
     def source_of(self, node: Any) -> str | None:
         """State-dict name of the parameter that a graph argument is, if it is one and not a view of one."""
@@ -83,13 +94,19 @@ class Tracing:
 Rule = Callable[[Tracing, fx.Node, SimpleNamespace], Any]
 
 
-def execute(program: Program, rules: dict[str, Rule], is_pointwise: Callable[[OpOverload], bool]) -> Tracing:
+Mutate = Callable[[Tracing, fx.Node, Any], None]
+
+
+def execute(
+    program: Program, rules: dict[str, Rule], is_pointwise: Callable[[OpOverload], bool], mutate: Mutate
+) -> Tracing:
     """Runs every operation of the graph on labels, and fixes what enters or leaves the model.
 
     Args:
         program: The captured graph.
         rules: A rule for each operation, by overload packet (`"aten.linear"`); `"pointwise"` serves all such ones.
         is_pointwise: Whether an operation works element by element.
+        mutate: Gives the result of an operation that works in place to all that it changes.
     """
     tracing = Tracing()
     units = tracing.units
@@ -98,7 +115,7 @@ def execute(program: Program, rules: dict[str, Rule], is_pointwise: Callable[[Op
         if node.op == "placeholder":
             tracing.values[node.name] = placeholder(tracing, program, node)
         elif node.op == "call_function":
-            tracing.values[node.name] = call(tracing, node, rules, is_pointwise)
+            tracing.values[node.name] = call(tracing, node, rules, is_pointwise, mutate)
         elif node.op == "get_attr":
             attribute = getattr(program.exported.graph_module, str(node.target), None)
             tracing.values[node.name] = constant_value(units, attribute) if isinstance(attribute, Tensor) else attribute
@@ -108,7 +125,37 @@ def execute(program: Program, rules: dict[str, Rule], is_pointwise: Callable[[Op
         for value in values_in(tracing.values.get(node.name)):
             for layer in value.layers:
                 units.occur(layer)
+    units.place = ("", "")
+    units.freeze(never_read(tracing, program.graph), "no operation reads it on inputs of this shape")
     return tracing
+
+
+def never_read(tracing: Tracing, graph: fx.Graph) -> Ids:
+    """Units that are cut off before any operation has read them.
+
+    How much is cut off often follows the inputs' shape (of a table of positions, the rows behind the last position), so
+    that on other inputs something would read these units, and tell them apart.
+    """
+    units = tracing.units
+    if not tracing.cut:
+        return np.empty(0, dtype=np.int64)
+    lost = {name: np.unique(units.find(np.concatenate(ids))) for name, ids in tracing.cut.items()}
+    candidates = np.unique(np.concatenate(list(lost.values())))
+    candidates = candidates[(candidates != WILDCARD) & ~units.is_frozen(candidates)]
+    if not len(candidates):
+        return candidates
+    held: dict[str, Ids] = {}
+    for node in graph.nodes:
+        layers = [layer.ravel() for value in values_in(tracing.values.get(node.name)) for layer in value.layers]
+        found = np.unique(units.find(np.concatenate(layers))) if layers else np.empty(0, dtype=np.int64)
+        held[node.name] = np.intersect1d(candidates, found)
+    read_by_some = [
+        np.setdiff1d(np.setdiff1d(held[source.name], held[node.name]), lost.get(node.name, ()))
+        for node in graph.nodes
+        for source in node.all_input_nodes
+        if len(held[source.name])
+    ]
+    return np.setdiff1d(candidates, np.concatenate([np.empty(0, dtype=np.int64), *read_by_some]))
 
 
 def operation_name(node: fx.Node) -> str:
@@ -140,7 +187,13 @@ def placeholder(tracing: Tracing, program: Program, node: fx.Node) -> Any:
     return value
 
 
-def call(tracing: Tracing, node: fx.Node, rules: dict[str, Rule], is_pointwise: Callable[[OpOverload], bool]) -> Any:
+def call(
+    tracing: Tracing,
+    node: fx.Node,
+    rules: dict[str, Rule],
+    is_pointwise: Callable[[OpOverload], bool],
+    mutate: Mutate,
+) -> Any:
     """The value of one operation: its rule's, or fixed positions where there is no rule."""
     if node.target is operator.getitem:
         container, index = read(tracing, node.args)
@@ -244,43 +297,6 @@ def freeze_value(units: Units, value: Value, text: str, *, expected: bool = True
     """Fixes every unit that a value carries."""
     for layer in value.layers:
         units.freeze(layer, text, expected=expected)
-
-
-def mutate(tracing: Tracing, node: fx.Node, result: Any) -> None:
-    """Gives an operation's result to the node that it overwrites in place, and to all that shares its memory."""
-    target = node.args[0] if node.args else None
-    if not isinstance(target, fx.Node) or not isinstance(result, Value):
-        return
-    before = tracing.values[target.name]
-    alike = (
-        isinstance(before, Value)
-        and before.constant is None
-        and len(before.layers) == len(result.layers)
-        and all(contains(tracing.units, before.layers, layer) for layer in result.layers)
-    )
-    tracing.values[target.name] = result
-    whole = tracing.values[origin(target).name]
-    if alike and isinstance(whole, Value) and (whole.shape == result.shape or identifies(tracing.units, whole)):
-        return
-    family = [name for name in sharing_memory(tracing, target) if name != target.name]
-    if not family:
-        return
-    # Which part of the others was written over is not followed.
-    freeze_value(tracing.units, result, "written into a part of a tensor", expected=False)
-    for name in family:
-        for value in values_in(tracing.values[name]):
-            freeze_value(tracing.units, value, "a part of it is written over", expected=False)
-        tracing.values[name] = map_aggregate(tracing.values[name], lambda item: rigidified(tracing.units, item))
-
-
-def rigidified(units: Units, item: Any) -> Any:
-    """A value with every position fixed; anything else as it is."""
-    return rigid_value(units, item.shape) if isinstance(item, Value) else item
-
-
-def sharing_memory(tracing: Tracing, node: fx.Node) -> list[str]:
-    """Names of all traced nodes that are views of the tensor that a node is a view of."""
-    return [other.name for other in node.graph.nodes if other.name in tracing.values and origin(other) is origin(node)]
 
 
 def origin(node: fx.Node) -> fx.Node:

@@ -710,6 +710,16 @@ def unsqueeze(value: Value, dim: int) -> Value:
     return replace(value, shape=shape, layers=tuple(np.expand_dims(x, dim) for x in value.layers), constant=None)
 
 
+def narrow(units: Units, value: Value, dim: int, start: int, length: int) -> Value:
+    """A slice of a value."""
+    shape = (*value.shape[:dim], length, *value.shape[dim + 1 :])
+    cut = [x.take(range(start, start + length), axis=dim) if x.shape[dim] > 1 else x for x in value.layers]
+    layers = [compress(layer) for layer in cut]
+    for layer in layers:
+        units.occur(layer)
+    return Value(shape, tuple(layer for layer in layers if support(layer)), source=value.source)
+
+
 def reshape(value: Value, shape: Sequence[int]) -> Value:
     """The value under another shape of the same number of elements."""
     shape = tuple(shape)

@@ -7,6 +7,7 @@ from isthmus.trace.execute import Rule
 from isthmus.trace.rules.attention import ATTENTION
 from isthmus.trace.rules.constant import CONSTANTS
 from isthmus.trace.rules.contraction import CONTRACTIONS
+from isthmus.trace.rules.lookup import LOOKUPS
 from isthmus.trace.rules.normalisation import NORMALISATIONS
 from isthmus.trace.rules.pointwise import POINTWISE
 from isthmus.trace.rules.reduction import REDUCTIONS
@@ -22,6 +23,7 @@ RULES: dict[str, Rule] = {
     **REDUCTIONS,
     **SPATIAL,
     **VIEWS,
+    **LOOKUPS,
 }
 
 
