@@ -14,11 +14,12 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import re
 import resource
-import subprocess
+import signal
 import sys
 import tempfile
 import time
@@ -42,6 +43,10 @@ SOURCES = {
 # Above so many parameters a proof runs once, since its copies of the weights are in float64; above MANY without
 # controls, which need the gradients of all weights as well.
 LARGE, MANY = 100_000_000, 400_000_000
+
+
+# A model may take so many times its limit in wall time, on a machine that is busy with other things.
+PATIENCE = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +95,10 @@ def measure(case: Case, trials: int, tell: Callable[[dict[str, Any]], None]) -> 
         row |= {"parameters": sum(p.numel() for p in model.parameters()), "outcome": "not captured"}
         row["memory_model"] = peak_gigabytes()
         tell(row)
-        start = time.perf_counter()
+        start = time.process_time()
         symmetry = isthmus.trace(model, *case.args, kwargs=case.kwargs)
         row |= {
-            "seconds_trace": time.perf_counter() - start,
+            "seconds_trace": time.process_time() - start,
             "memory_trace": peak_gigabytes(),
             "spaces": len(symmetry),
             "free_units": symmetry.free_units,
@@ -105,12 +110,12 @@ def measure(case: Case, trials: int, tell: Callable[[dict[str, Any]], None]) -> 
         tell(row)
         large, many = row["parameters"] > LARGE, row["parameters"] > MANY
         row |= {"trials": 1 if large else trials, "controls": not many}
-        start = time.perf_counter()
+        start = time.process_time()
         proof = isthmus.verify(
             model, symmetry, *case.args, kwargs=case.kwargs, trials=row["trials"], controls=row["controls"]
         )
         row |= {
-            "seconds_verify": time.perf_counter() - start,
+            "seconds_verify": time.process_time() - start,
             "memory_verify": peak_gigabytes(),
             "error": proof.max_error,
             "tolerance": proof.tolerance,
@@ -158,28 +163,38 @@ def unexpected(symmetry: Any) -> list[str]:
     return [f"{operation or 'structure'}: {reason} ({units} units)" for (operation, reason), units in lost.items()]
 
 
-def in_child(source: str, name: str, trials: int, limit: float, gigabytes: float) -> dict[str, Any]:
-    """The row of one model, measured in a process of its own."""
+def in_child(case: Case, trials: int, limit: float, gigabytes: float) -> dict[str, Any]:
+    """The row of one model, measured in a process of its own that has imported what this one has."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
-        command = [sys.executable, __file__, "--source", source, "--child", name, "--trials", str(trials)]
-        command += ["--json", str(out), "--memory", str(gigabytes)]
-        message = ""
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-            if done.returncode:
-                lines = done.stderr.strip().splitlines()
-                message = f"exit {done.returncode}: {lines[-1] if lines else ''}"
-        except subprocess.TimeoutExpired:
-            message = f"stopped after {limit:.0f} s"
-        row = json.loads(out.read_text()) if out.exists() else {"model": name, "outcome": "not built"}
-        return row | ({"message": message} if message else {})
+        child = multiprocessing.get_context("fork").Process(target=work, args=(case, trials, limit, gigabytes, out))
+        child.start()
+        child.join(PATIENCE * limit)
+        if child.is_alive():
+            child.kill()
+            child.join()
+        row = json.loads(out.read_text()) if out.exists() else {"model": case.name, "outcome": "not built"}
+        if child.exitcode:
+            stopped = child.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+            row["message"] = f"stopped after {limit:.0f} s" if stopped else f"exit {child.exitcode}"
+        return row
+
+
+def work(case: Case, trials: int, limit: float, gigabytes: float, out: Path) -> None:
+    """Measures one model under limits of processor time and memory."""
+    most = int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
+    measure(case, trials, lambda row: out.write_text(json.dumps(row)) and None)
 
 
 def run(source: str, only: str, out: Path, trials: int, limit: float, gigabytes: float) -> None:
     """Measures all models of a source whose name matches, and keeps the rows of the others."""
     import torch
 
+    import isthmus  # noqa: F401 - so that every child finds it imported
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     cases = cases_of(source)
     rows: dict[str, Any] = {}
     if out.exists():
@@ -193,10 +208,10 @@ def run(source: str, only: str, out: Path, trials: int, limit: float, gigabytes:
         },
         "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
     }
-    chosen = [case.name for case in cases if re.search(only, case.name)]
-    for number, name in enumerate(chosen, 1):
-        rows[name] = in_child(source, name, trials, limit, gigabytes)
-        print(f"{number}/{len(chosen)} {short(rows[name])}", flush=True)
+    chosen = [case for case in cases if re.search(only, case.name)]
+    for number, case in enumerate(chosen, 1):
+        rows[case.name] = in_child(case, trials, limit, gigabytes)
+        print(f"{number}/{len(chosen)} {short(rows[case.name])}", flush=True)
         ordered = [rows[case.name] for case in cases if case.name in rows]
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(about | {"rows": ordered}, indent=1) + "\n")
@@ -227,7 +242,7 @@ behind once as a negative control) on an untrained model: a symmetry belongs to 
 
 - **free units**: units that can be re-labelled, over all spaces and their copies (the inner units of each head are counted);
 - **moved**: share of the model's parameters that some space moves;
-- **trace**, **verify**: seconds; **memory**: the most the process held while tracing, with the model and libraries;
+- **trace**, **verify**: seconds of processor time; **memory**: the most the process held while tracing, with the model and libraries;
 - **error**: the largest relative change of the outputs under random transforms; zero means bit for bit the same. "1 trial" and "no controls" mark models
   too large for the usual proof;
 - **lost**: what was frozen although it might move, by an operation without a rule or by an irregular pattern. It is never
@@ -307,21 +322,14 @@ def main() -> None:
     parser.add_argument("--source", choices=SOURCES)
     parser.add_argument("--only", default="", help="a regular expression; models whose name it finds")
     parser.add_argument("--json", type=Path, help="where rows go")
-    parser.add_argument("--limit", type=float, default=300, help="seconds a model")
+    parser.add_argument("--limit", type=float, default=300, help="seconds of processor time a model")
     parser.add_argument("--memory", type=float, default=14, help="gigabytes a model may hold")
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--render", action="store_true", help="only write the page from the rows that there are")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
     if options.source is None and not options.render:
         parser.error("--source or --render")
-    if options.child is not None:
-        most = int(options.memory * 2**30)
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-        case = next(case for case in cases_of(options.source) if case.name == options.child)
-        measure(case, options.trials, lambda row: options.json.write_text(json.dumps(row)) and None)
-        return
     if not options.render:
         out = options.json or RESULTS / f"coverage-{options.source}.json"
         run(options.source, options.only, out, options.trials, options.limit, options.memory)

@@ -37,15 +37,15 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     program = capture(model, inputs, kwargs)
     tracing = execute(program, RULES, is_pointwise, mutate)
-    solution = solve(tracing)
-    spaces, names = describe_spaces(tracing, solution, list(shapes))
+    places = solve(tracing)
+    spaces, names = describe_spaces(tracing, places, list(shapes))
     tied = tied_names(model)
     read = set(tracing.parameters) | {alias for alias, name in tied.items() if name in tracing.parameters}
     return Symmetry(
         spaces=tuple(spaces),
-        frozen=tuple(describe_frozen(tracing, solution)),
+        frozen=tuple(describe_frozen(tracing, places)),
         shapes=shapes,
         tied=tied,
         untouched=tuple(name for name in shapes if name not in read and state[name].is_floating_point()),
-        program=describe_graph(tracing, solution, program, names),
+        program=describe_graph(tracing, places, program, names),
     )

@@ -372,7 +372,7 @@ def simplify(units: Units, layers: Sequence[Labels], *, related: bool = False) -
 
     What follows from two layers on one axis is drawn before one of them goes, unless that was done (`related`).
     """
-    layers = join_fixed(units, list(layers))
+    layers = without_joint(units, join_fixed(units, list(layers)), related=related)
     if len(layers) < 2:
         return tuple(layers)
     roots = [units.find(layer) for layer in layers]
@@ -390,6 +390,38 @@ def simplify(units: Units, layers: Sequence[Labels], *, related: bool = False) -
                 alive.remove(k)
                 break
     return tuple(layers[k] for k in sorted(alive))
+
+
+def without_joint(units: Units, layers: list[Labels], *, related: bool) -> list[Labels]:
+    """The layers without those that a layer of units and a layer of fixed positions determine together.
+
+    A layer over units and positions whose every unit is inside of one unit of another layer, itself told apart on
+    axes of its own, says only which part of the fixed positions each of its units stands for. That is known of the
+    units once they are related; the array, which is as large as both axes together, is not needed any more.
+    """
+    for joint in [layer for layer in layers if len(support(layer)) > 1]:
+        dims = set(support(joint))
+        others = [x for x in layers if x is not joint and support(x) and set(support(x)) < dims]
+        fixed = [x for x in others if units.is_frozen(x).all() and tells_apart(units, x)]
+        for whole in others:
+            rest = dims - set(support(whole))
+            place = next((x for x in fixed if set(support(x)) == rest), None)
+            if place is None or not tells_apart(units, whole):
+                continue
+            root = units.find(joint)
+            if determines(root, units.find(whole), len(np.unique(root)), units.size):
+                if not related:
+                    units.relate(joint, whole)
+                    units.relate(joint, place)
+                layers = [x for x in layers if x is not joint]
+                break
+    return layers
+
+
+def tells_apart(units: Units, layer: Labels) -> bool:
+    """Whether no two positions of a layer have the same label."""
+    root = units.find(layer)
+    return len(np.unique(root)) == root.size and not (root == WILDCARD).any()
 
 
 def join_fixed(units: Units, layers: list[Labels]) -> list[Labels]:
@@ -650,6 +682,14 @@ def concatenate_layers(
     """Layers joined along `dim`, and a layer that names the part where labels alone would not tell."""
     blank = np.full((1,) * ndim, WILDCARD)
     arrays = [blank if part is None else part for part in parts]
+    told = [part for part in parts if part is not None]
+    if all(units.is_frozen(part).all() for part in told):
+        # A single place beside fixed ones is fixed as well, and is none of them.
+        taken = max(part.size for part in told)
+        for index, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+            if part is None and length == 1:
+                taken += 1
+                arrays[index] = units.rigid(taken)[-1:].reshape((1,) * ndim)
     common = list(np.broadcast_shapes(*((*array.shape[:dim], 1, *array.shape[dim + 1 :]) for array in arrays)))
     grown = []
     for array, length in zip(arrays, lengths, strict=True):
