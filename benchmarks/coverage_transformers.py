@@ -340,7 +340,10 @@ def factory(model: str, config: str, options: Mapping[str, Any]) -> Callable[[],
 
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+            built = getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+            if any("experts" in key for key in options):  # the default implementation has no float64 kernel
+                built.set_experts_implementation("batched_mm")
+            return built
 
     return build
 

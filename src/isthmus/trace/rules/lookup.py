@@ -1,5 +1,6 @@
 """Operations that choose positions by numbers, or treat them in order: the axis that they choose from is fixed."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,8 +8,22 @@ import numpy as np
 import torch
 from torch import fx
 
-from isthmus.trace.execute import Rule, Tracing, freeze_value, output_shapes, values_in
-from isthmus.trace.labels import Value, merge, pin, reshape, rigid_layers, with_rigid
+from isthmus.trace.choices import choose
+from isthmus.trace.execute import Rule, Tracing, freeze_names, freeze_value, output_shapes, values_in
+from isthmus.trace.labels import (
+    WILDCARD,
+    Names,
+    Value,
+    merge,
+    pin,
+    reduce,
+    reshape,
+    rigid_layers,
+    rigid_value,
+    support,
+    with_rigid,
+)
+from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
 from isthmus.trace.rules.view import run
 
 
@@ -21,6 +36,12 @@ def index(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     if any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in examples):
         return NotImplemented  # a mask: how many are chosen depends on the data
     dims = [d for d, i in enumerate(a.indices) if i is not None]
+    if len(dims) == 1 and (names := a.indices[dims[0]].names) is not None:
+        choice = choose(tracing, x, dims[0], names, a.indices[dims[0]].shape)
+        if choice is not None:
+            return choice
+    for value in values_in(a.indices):
+        freeze_names(tracing.units, value)
     for chosen in values_in(a.indices):
         freeze_value(tracing.units, chosen, "indices into a tensor")
     pinned = pin(tracing.units, x, dims, "rows that are chosen by an index")
@@ -60,8 +81,25 @@ def in_order(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     return Value(shape, (*pinned.layers, *fixed(tracing, shape, dim)))
 
 
+def largest(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+    """`topk`: the largest elements along a dimension by size, and the indices, which name the units found there."""
+    x: Value = vars(a)["self"]
+    if not x.shape:
+        return NotImplemented
+    units, dim = tracing.units, a.dim % len(x.shape)
+    along = [layer for layer in x.layers if dim in support(layer)]
+    named = len(along) == 1 and support(along[0]) == (dim,) and len(np.unique(units.find(along[0]))) == x.shape[dim]
+    if not named or WILDCARD in along[0]:
+        return NotImplemented
+    limit_value(units, x, PERMUTATION_LEVEL)
+    shape = (*x.shape[:dim], a.k, *x.shape[dim + 1 :])
+    values = with_rigid(units, reduce(units, x, [dim], keepdim=True), shape, [dim])
+    return [values, replace(rigid_value(units, shape), names=Names(along[0].ravel(), (node.name,)))]
+
+
 LOOKUPS: dict[str, Rule] = {
     "aten.index": index,
     "aten.gather": gather,
     "aten.cumsum": in_order,
+    "aten.topk": largest,
 }

@@ -1,5 +1,6 @@
 """Operations that only move, repeat or select elements: they are run, as they are, on the label arrays."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from isthmus.trace.execute import Rule, Tracing, values_in
-from isthmus.trace.labels import Labels, Value, compress, concatenate, lift, simplify, support, unsqueeze
+from isthmus.trace.execute import Rule, Tracing, freeze_names, values_in
+from isthmus.trace.labels import Labels, Names, Value, compress, concatenate, lift, simplify, support, unsqueeze
 
 # A view needs memory in order, which an expanded label array does not have; a reshape does the same to any array.
 STAND_INS = {"aten.view": torch.ops.aten.reshape.default, "aten._unsafe_view": torch.ops.aten.reshape.default}
@@ -42,7 +43,13 @@ def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
             lost = np.setdiff1d(layer, result.numpy())
             if len(lost):
                 tracing.cut.setdefault(node.name, []).append(lost)
-        return relabelled(tracing, x, shape_only, results)
+        moved = relabelled(tracing, x, shape_only, results)
+        if x.names is None:
+            return moved
+        step = f"{op} {[item for item in rest.values() if not isinstance(item, Value)]}"
+        return replace(moved, names=Names(x.names.ids, (*x.names.history, step)))
+    if x.names is not None:
+        freeze_names(tracing.units, x)
     return [relabelled(tracing, x, piece, [r[i] for r in results]) for i, piece in enumerate(shape_only)]
 
 
