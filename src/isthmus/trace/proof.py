@@ -140,8 +140,9 @@ def fresh_weights(network: nn.Module, symmetry: Symmetry, rng: np.random.Generat
     """Random weights of the scale of the model's own, such that every tensor matters.
 
     Matrices are drawn with their own root mean square; vectors are moved by 0.3 of a normal draw, so that gains stay
-    near theirs; variances are drawn between 0.5 and 1.5. Tensors that no space touches are drawn too, since a site may
-    be missing; buffers among them keep signs and infinities, being scaled by 0.5 to 1.5 unless they are all zero.
+    near theirs (a gain of shape [n, 1, 1] is a vector too); variances are drawn between 0.5 and 1.5. Tensors that no
+    space touches are drawn too, since a site may be missing; buffers among them keep signs and infinities, being scaled
+    by 0.5 to 1.5 unless they are all zero.
     """
     state = dict(network.state_dict())
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -150,22 +151,31 @@ def fresh_weights(network: nn.Module, symmetry: Symmetry, rng: np.random.Generat
     for name, old in state.items():
         if not old.is_floating_point() or not old.numel() or name in symmetry.tied:
             continue
-        noise = torch.randn(old.shape, generator=generator, dtype=torch.float64)
-        around_one = 0.5 + torch.rand(old.shape, generator=generator, dtype=torch.float64)
         if name in variances:
-            state[name] = around_one
+            state[name] = around_one(old.shape, generator)
         elif name not in drawn:
-            state[name] = old * around_one if old.any() else 0.3 * noise
-        elif old.ndim < 2:
+            state[name] = old * around_one(old.shape, generator) if old.any() else 0.3 * normal(old.shape, generator)
+        elif old.numel() == max(old.shape, default=1):
             usable = old.isfinite().all() and old.abs().max() < 1e3
-            state[name] = (old if usable else torch.zeros_like(old)) + 0.3 * noise
+            state[name] = (old if usable else torch.zeros_like(old)) + 0.3 * normal(old.shape, generator)
         else:
             scale = float(old.square().mean().sqrt())
-            state[name] = noise * (scale if 1e-8 < scale < 1e3 else 1 / math.sqrt(old[0].numel()))
+            usable = 1e-8 < scale < 1e3
+            state[name] = normal(old.shape, generator) * (scale if usable else 1 / math.sqrt(old[0].numel()))
     for alias, name in symmetry.tied.items():
         if name in state:
             state[alias] = state[name]
     return state
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Normal draws; of single precision, which costs a third, held in double."""
+    return torch.randn(shape, generator=generator).double()
+
+
+def around_one(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draws between 0.5 and 1.5."""
+    return 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
 def fresh_inputs(inputs: Any, rng: np.random.Generator) -> Any:
