@@ -167,20 +167,30 @@ class Units:
 
     def find(self, ids: Labels) -> Labels:
         """The representative of each unit; wildcards stay."""
-        roots = np.where(ids == WILDCARD, WILDCARD, self._root[ids])
+        if not ids.size:
+            return ids
+        if ids.min() == WILDCARD:
+            roots = np.full(ids.shape, WILDCARD)
+            known = ids != WILDCARD
+            roots[known] = self.find(ids[known])
+            return roots
+        roots = self._root[ids]
         while True:
-            higher = np.where(roots == WILDCARD, WILDCARD, self._root[roots])
+            higher = self._root[roots]
             if np.array_equal(higher, roots):
                 break
             roots = higher
-        known = ids != WILDCARD
-        self._root[ids[known]] = roots[known]
+        self._root[ids] = roots
         return roots
 
     def is_frozen(self, ids: Labels) -> Bool[np.ndarray, "..."]:
         """Whether each unit is fixed; wildcards count as fixed."""
         roots = self.find(ids)
         return (roots == WILDCARD) | (self._reason[roots] >= 0)
+
+    def reasons_of(self, units: Ids) -> Ids:
+        """For each unit, the index of the reason why it is fixed, or −1 where it can move."""
+        return self._reason[self.find(units)]
 
     def reason(self, unit: int) -> Reason | None:
         """Why a unit is fixed, or None where it can move."""
@@ -341,7 +351,7 @@ class Units:
         pairs = broadcast_to_support([left, right])
         a, b = self.find(pairs[0]), self.find(pairs[1])
         known = (a != WILDCARD) & (b != WILDCARD)
-        if not known.any():
+        if not known.any() or np.array_equal(a, b):
             return
         pairs_found = np.unique(a[known] * self.size + b[known])
         a, b = pairs_found // self.size, pairs_found % self.size
@@ -410,6 +420,9 @@ def simplify(units: Units, layers: Sequence[Labels], *, related: bool = False) -
 
     What follows from two layers on one axis is drawn before one of them goes, unless that was done (`related`).
     """
+    dims = [d for layer in layers for d in support(layer)]
+    if len(dims) == len(set(dims)) and all(map(support, layers)):
+        return tuple(layers)  # none says anything about another's dimensions
     layers = without_joint(units, join_fixed(units, list(layers)), related=related)
     if len(layers) < 2:
         return tuple(layers)

@@ -1,5 +1,6 @@
 """From labels to spaces: which units can be exchanged, what is nested in what, and where each tensor touches them."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,12 +115,23 @@ def canonical_relations(units: Units) -> list[tuple[Ids, Ids]]:
 
 def overlapping(records: Sequence[tuple[Ids, Ids]]) -> list[tuple[int, int]]:
     """Pairs of relations that share a child."""
-    holders: dict[int, list[int]] = defaultdict(list)
-    for index, (children, _) in enumerate(records):
-        for child in np.unique(children).tolist():
-            holders[child].append(index)
+    if not records:
+        return []
+    # Each child once for a relation; then children that stand in the same relations count once.
+    pairs = [
+        np.stack([np.unique(children), np.full(len(np.unique(children)), k)]) for k, (children, _) in enumerate(records)
+    ]
+    held = np.concatenate(pairs, axis=1)
+    _, child = np.unique(held[0], return_inverse=True)
+    signature = np.zeros(int(child.max()) + 1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        np.add.at(signature, child, scramble(held[1].astype(np.uint64)))
+    _, first = np.unique(signature, return_index=True)
+    order = np.argsort(child, kind="stable")
+    starts = np.searchsorted(child[order], np.arange(len(signature) + 1))
     found: set[tuple[int, int]] = set()
-    for group in {tuple(indices) for indices in holders.values()}:
+    for one in first.tolist():
+        group = held[1][order[starts[one] : starts[one + 1]]].tolist()
         found |= {(a, b) for i, a in enumerate(group) for b in group[i + 1 :]}
     return sorted(found)
 
@@ -145,13 +157,15 @@ def colour_units(units: Units, edges: Int[np.ndarray, "edges 3"]) -> Hashes:
     """
     count = units.size
     colours = np.zeros(count, dtype=np.uint64)
-    seen: dict[int, tuple[Ids, Ids]] = {}
+    seen: dict[bytes, tuple[Ids, Ids]] = {}
     with np.errstate(over="ignore"):
         for place, layer in enumerate(units.occurrences):
-            if id(layer) not in seen:
-                ids, times = np.unique(units.find(layer.ravel()), return_counts=True)
-                seen[id(layer)] = (ids[ids != WILDCARD], times[ids != WILDCARD])
-            ids, times = seen[id(layer)]
+            roots = units.find(layer.ravel())
+            key = hashlib.sha256(roots.tobytes()).digest()
+            if key not in seen:
+                ids, times = np.unique(roots, return_counts=True)
+                seen[key] = (ids[ids != WILDCARD], times[ids != WILDCARD])
+            ids, times = seen[key]
             colours[ids] += scramble(np.uint64(place) * np.uint64(2**32) + times.astype(np.uint64))
         frozen = units.is_frozen(np.arange(count))
         colours[frozen] = scramble(np.arange(count, dtype=np.uint64))[frozen]
@@ -392,15 +406,14 @@ def describe_frozen(tracing: Tracing, places: Places) -> list[Frozen]:
         for layer in value.layers:
             roots = tracing.units.find(layer.ravel())
             counts: dict[tuple[str, str, str, bool], int] = defaultdict(int)
-            for unit in np.unique(roots).tolist():
-                coordinates = coordinates_of.get(unit)
-                if coordinates is not None and coordinates.spaces:
-                    continue
-                reason = tracing.units.reason(unit)
-                if reason is None:
-                    counts["", "", "no other unit takes part in the same operations", True] += 1
+            ids = np.unique(roots)
+            still = [i for i, u in enumerate(ids.tolist()) if not (u in coordinates_of and coordinates_of[u].spaces)]
+            for index, number in zip(*np.unique(tracing.units.reasons_of(ids[still]), return_counts=True), strict=True):
+                if index < 0:
+                    counts["", "", "no other unit takes part in the same operations", True] += int(number)
                 else:
-                    counts[reason.operation, reason.module, reason.text, reason.expected] += 1
+                    reason = tracing.units.reasons[index]
+                    counts[reason.operation, reason.module, reason.text, reason.expected] += int(number)
             dims = ",".join(str(d) for d in support(layer))
             for (operation, module, text, expected), number in counts.items():
                 found.append(Frozen(name, dims, number, operation, module, text, expected))
