@@ -157,6 +157,7 @@ DECODERS: list[tuple[str, str, str, dict[str, Any]]] = [
 
 ENCODERS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("bert", "BertModel", "BertConfig", {**HIDDEN, "max_position_embeddings": 40}),
+    ("bert classifier", "BertForSequenceClassification", "BertConfig", {**HIDDEN, "max_position_embeddings": 40}),
     ("bert mlm", "BertForMaskedLM", "BertConfig", {**HIDDEN, "max_position_embeddings": 40}),
     ("roberta", "RobertaModel", "RobertaConfig", {**HIDDEN, "max_position_embeddings": 40}),
     (
@@ -292,11 +293,12 @@ def cases() -> Iterator[Case]:
         yield Case(name, factory(model, config, {**TOKENS, **options}), kwargs={"input_ids": ids})
     for name, model, config, options in ENCODER_DECODERS:
         kwargs = {"input_ids": ids, "decoder_input_ids": targets, "use_cache": False}
-        yield Case(name, factory(model, config, {**TOKENS, **options}), kwargs=kwargs)
+        yield Case(name, scored(factory(model, config, {**TOKENS, **options}), "logits"), kwargs=kwargs, note="logits")
     for name, model, config, options in IMAGES:
         size = options["image_size"]
         yield Case(name, factory(model, config, {**options, "num_labels": 10}), kwargs={"pixel_values": image(size)})
-    yield Case("clip", clip, kwargs={"input_ids": ids, "pixel_values": image(24)})
+    pairs = {"input_ids": ids, "pixel_values": image(24)}
+    yield Case("clip", scored(clip, "logits_per_image"), kwargs=pairs, note="similarities")
     whisper = {
         "d_model": 64,
         "encoder_layers": 2,
@@ -313,8 +315,9 @@ def cases() -> Iterator[Case]:
     sound = torch.randn(2, 16, 20, generator=torch.Generator().manual_seed(0))
     yield Case(
         "whisper",
-        factory("WhisperForConditionalGeneration", "WhisperConfig", {**TOKENS, **whisper}),
+        scored(factory("WhisperForConditionalGeneration", "WhisperConfig", {**TOKENS, **whisper}), "logits"),
         kwargs={"input_features": sound, "decoder_input_ids": targets, "use_cache": False},
+        note="logits",
     )
     wave = {
         **HIDDEN,
@@ -346,6 +349,23 @@ def factory(model: str, config: str, options: Mapping[str, Any]) -> Callable[[],
             return built
 
     return build
+
+
+class Scores(nn.Module):
+    """A model of which one output is kept: hidden states among the outputs would be fixed."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """The output of that name."""
+        return getattr(self.model(**inputs), self.name)
+
+
+def scored(build: Callable[[], nn.Module], name: str) -> Callable[[], nn.Module]:
+    """What builds a model of which one output is kept."""
+    return lambda: Scores(build(), name).eval()
 
 
 def clip() -> nn.Module:

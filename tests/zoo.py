@@ -1116,11 +1116,9 @@ class Functional(Net):
 
 
 class Experts(Net):
-    """Every expert's layers in one tensor; all are used and added up, so that experts move too."""
+    """Every expert's layers in one tensor; all are used and added up."""
 
-    spaces = (3, 5)
-    missed = 3 * 5 - 5
-    why = "an index of a dimension is one unit, whatever the expert: their hidden units move together"
+    spaces = (15,)  # since no gate tells experts apart, all their hidden units are one layer's
 
     def __init__(self):
         super().__init__()

@@ -10,7 +10,21 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from isthmus.trace.execute import Rule, Tracing, freeze_names, values_in
-from isthmus.trace.labels import Labels, Names, Value, compress, concatenate, lift, simplify, support, unsqueeze
+from isthmus.trace.labels import (
+    Labels,
+    Names,
+    Value,
+    compress,
+    concatenate,
+    lift,
+    pin,
+    reshape,
+    simplify,
+    support,
+    unsqueeze,
+    with_rigid,
+)
+from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
 
 # A view needs memory in order, which an expanded label array does not have; a reshape does the same to any array.
 STAND_INS = {"aten.view": torch.ops.aten.reshape.default, "aten._unsafe_view": torch.ops.aten.reshape.default}
@@ -71,6 +85,19 @@ def expand_as(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return Value(tuple(a.other.shape), tuple(lift(layer, len(a.other.shape)) for layer in x.layers), source=x.source)
 
 
+def as_complex(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """Pairs of numbers along the last dimension, each read as one complex number: its two parts keep their places."""
+    x: Value = vars(a)["self"]
+    limit_value(tracing.units, x, PERMUTATION_LEVEL)
+    return reshape(pin(tracing.units, x, [-1], "real and imaginary parts"), x.shape[:-1])
+
+
+def as_real(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """Complex numbers as pairs along a new last dimension."""
+    x: Value = vars(a)["self"]
+    return with_rigid(tracing.units, unsqueeze(x, -1), (*x.shape, 2), [len(x.shape)])
+
+
 def cat(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Values one after another along a dimension."""
     values = [value for value in a.tensors if value.shape != (0,)]
@@ -93,4 +120,6 @@ VIEWS: dict[str, Rule] = {f"aten.{name}": run for name in RUNNABLE} | {
     "aten.cat": cat,
     "aten.stack": stack,
     "aten.expand_as": expand_as,
+    "aten.view_as_complex": as_complex,
+    "aten.view_as_real": as_real,
 }
