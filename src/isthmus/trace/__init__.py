@@ -10,7 +10,7 @@ from isthmus.symmetry import Symmetry
 from isthmus.trace.capture import capture, state_tensors, tied_names
 from isthmus.trace.execute import execute
 from isthmus.trace.proof import Proof, verify
-from isthmus.trace.rules import RULES, is_pointwise
+from isthmus.trace.rules import RULES
 from isthmus.trace.spaces import describe_frozen, describe_graph, describe_spaces, solve
 
 __all__ = ["Proof", "trace", "verify"]
@@ -35,7 +35,7 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
     state = state_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     program = capture(model, inputs, kwargs)
-    tracing = execute(program, RULES, is_pointwise)
+    tracing = execute(program, RULES)
     places = solve(tracing)
     spaces, names = describe_spaces(tracing, places, list(shapes))
     tied = tied_names(model)

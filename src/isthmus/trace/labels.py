@@ -39,6 +39,19 @@ class Reason:
 
 
 @dataclass(frozen=True, eq=False)
+class Names:
+    """What the numbers in a tensor of indices mean.
+
+    Attributes:
+        ids: Number k names unit `ids[k]`.
+        history: Which indices they are: tensors of one history are equal.
+    """
+
+    ids: Ids
+    history: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Value:
     """A traced tensor.
 
@@ -47,12 +60,29 @@ class Value:
         layers: Label arrays with as many dimensions as the value, each of size 1 where the labels do not vary.
         constant: Its numbers, where they do not depend on parameters or inputs.
         source: The parameter that it is a view of, if it is one.
+        names: The units that its numbers name, where it holds indices of units.
     """
 
     shape: tuple[int, ...]
     layers: tuple[Labels, ...] = ()
     constant: Tensor | None = None
     source: str | None = None
+    names: Names | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A tensor whose slots each hold one of several alternatives, and data choose which.
+
+    Attributes:
+        values: The tensor, were the same alternative chosen everywhere.
+        where: A value of the same shape whose one layer numbers the slots.
+        history: Which choice it is: choices of one history choose alike in each slot.
+    """
+
+    values: tuple[Value, ...]
+    where: Value
+    history: tuple[str, ...]
 
 
 def support(layer: Labels) -> tuple[int, ...]:
@@ -99,6 +129,8 @@ class Units:
         self.occurrences: list[Labels] = []
         self.place: tuple[str, str] = ("", "")  # operation and module path that rules are working for, for reasons
         self._rigid = np.empty(0, dtype=np.int64)
+        self.made_stand_ins: list[Ids] = []
+        self.expected_stand_ins: list[Ids] = []  # those of the first alternative, for the others to use
 
     def fresh(self, count: int) -> Ids:
         """New units that can move."""
@@ -123,6 +155,15 @@ class Units:
             self._reason[more] = 0
             self._rigid = np.concatenate([self._rigid, more])
         return self._rigid[:count]
+
+    def stand_ins(self, count: int) -> Ids:
+        """Units that stand for fixed positions in one place of the graph, in all alternatives of a choice there."""
+        if self.expected_stand_ins and len(self.expected_stand_ins[0]) == count:
+            return self.expected_stand_ins.pop(0)
+        ids = self.fresh(count)
+        self._reason[ids] = 0
+        self.made_stand_ins.append(ids)
+        return ids
 
     def find(self, ids: Labels) -> Labels:
         """The representative of each unit; wildcards stay."""
@@ -275,8 +316,7 @@ class Units:
             units = np.array(alike)
             if not self.is_news(units):
                 continue
-            blocks, places = self.fresh(units.shape[0]), self.fresh(units.shape[1])
-            self._reason[places] = 0
+            blocks, places = self.fresh(units.shape[0]), self.stand_ins(units.shape[1])
             self.relations.append((units.ravel(), np.repeat(blocks, units.shape[1])))
             self.relations.append((units.ravel(), np.tile(places, units.shape[0])))
 
@@ -357,9 +397,7 @@ class Units:
         if fixed.any():
             # Fixed positions share their ids; a position of this relation must not be taken for one of another.
             ids, index = np.unique(parents[fixed], return_inverse=True)
-            stand_ins = self.fresh(len(ids))
-            self._reason[stand_ins] = 0
-            parents[fixed] = stand_ins[index]
+            parents[fixed] = self.stand_ins(len(ids))[index]
         self.relations.append((children, parents))
 
     def occur(self, layer: Labels) -> None:
@@ -732,15 +770,35 @@ def identifies(units: Units, value: Value) -> bool:
     return sorted(along) == every and all(len(np.unique(units.find(x))) == x.size for x in value.layers)
 
 
-def as_parameter(units: Units, name: str, shape: Sequence[int]) -> Value:
-    """A parameter's value: fresh units along each of its dimensions."""
-    layers = []
-    for d, size in enumerate(shape):
-        if size > 1:
-            layout = [1] * len(shape)
-            layout[d] = size
-            layers.append(units.fresh(size).reshape(layout))
+def as_parameter(
+    units: Units, name: str, shape: Sequence[int], groups: Sequence[tuple[int, ...]] | None = None
+) -> Value:
+    """A parameter's value: fresh units along each of its dimensions, or along several of them together.
+
+    Args:
+        units: All units so far.
+        name: The parameter's name.
+        shape: Its shape.
+        groups: For each layer of labels, the dimensions that it varies along; by default each dimension alone.
+    """
+    layers: list[Labels] = []
+    groups = groups if groups is not None else [(d,) for d in range(len(shape))]
+    for group in groups:
+        sizes = [shape[d] for d in group]
+        if math.prod(sizes) > 1:
+            # Units of two parts of a stack may turn out to be the same: each part is an axis of its own.
+            parts = math.prod(size for d, size in zip(group, sizes, strict=True) if (d,) in groups and group != (d,))
+            ids = np.concatenate([units.fresh(math.prod(sizes) // parts) for _ in range(parts)])
+            layers.append(ids.reshape([size if d in group else 1 for d, size in enumerate(shape)]))
     return Value(tuple(shape), tuple(layers), source=name)
+
+
+def relate_parts(units: Units, value: Value) -> None:
+    """Says of a stack's units in which part they are, once it is known which of them are the same in all parts."""
+    for part in value.layers:
+        for layer in value.layers:
+            if set(support(part)) < set(support(layer)):
+                units.relate(part, layer)
 
 
 def unsqueeze(value: Value, dim: int) -> Value:
@@ -748,6 +806,16 @@ def unsqueeze(value: Value, dim: int) -> Value:
     dim %= len(value.shape) + 1
     shape = (*value.shape[:dim], 1, *value.shape[dim:])
     return replace(value, shape=shape, layers=tuple(np.expand_dims(x, dim) for x in value.layers), constant=None)
+
+
+def narrow(units: Units, value: Value, dim: int, start: int, length: int) -> Value:
+    """A slice of a value."""
+    shape = (*value.shape[:dim], length, *value.shape[dim + 1 :])
+    cut = [x.take(range(start, start + length), axis=dim) if x.shape[dim] > 1 else x for x in value.layers]
+    layers = [compress(layer) for layer in cut]
+    for layer in layers:
+        units.occur(layer)
+    return Value(shape, tuple(layer for layer in layers if support(layer)), source=value.source)
 
 
 def reshape(value: Value, shape: Sequence[int]) -> Value:
