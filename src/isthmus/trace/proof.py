@@ -1,5 +1,6 @@
 """The proof: random transforms of all spaces at once must keep the function, and leaving one tensor out must not."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -201,6 +202,51 @@ class InDouble(TorchFunctionMode):
         return func(*pytree.tree_map(widen, args), **pytree.tree_map(widen, kwargs or {}))
 
 
+class ThroughStatistics(TorchFunctionMode):
+    """Spells batch normalisation by stored statistics out, of which torch has no derivative by the statistics."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The function's result."""
+        spelt = {torch.nn.functional.batch_norm: by_statistics, torch.batch_norm: by_weights}.get(func)
+        return (spelt or func)(*args, **(kwargs or {}))
+
+
+def by_statistics(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, as a formula where it uses the statistics."""
+    if training or mean is None or variance is None:
+        return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    x = (x - mean.view(shape)) / (variance.view(shape) + eps).sqrt()
+    x = x if weight is None else x * weight.view(shape)
+    return x if bias is None else x + bias.view(shape)
+
+
+def by_weights(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool,
+) -> Tensor:
+    """`torch.batch_norm`, which takes the same in another order."""
+    return by_statistics(x, mean, variance, weight, bias, training, momentum, eps)
+
+
 def outputs(
     network: nn.Module,
     state: Mapping[str, Tensor],
@@ -213,7 +259,8 @@ def outputs(
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.set_grad_enabled(differentiable), InDouble():
+        through = ThroughStatistics() if differentiable else contextlib.nullcontext()
+        with torch.set_grad_enabled(differentiable), InDouble(), through:
             # Cloned, since a network may work in place on what it is given.
             args, named = pytree.tree_map(copy_of, (tuple(args), dict(named)))
             result = functional_call(network, dict(state), args, dict(named), tie_weights=False)
