@@ -178,7 +178,34 @@ def export(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         raise TraceError(f"the model cannot be captured: {first_line(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+    inline_contexts(exported.graph_module)
     return describe(exported, module, args, kwargs)
+
+
+def inline_contexts(module: fx.GraphModule) -> None:
+    """Puts the operations of blocks that only switch gradients or automatic casts off in place of the blocks."""
+    for node in [n for n in module.graph.nodes if n.op == "call_function"]:
+        name = getattr(node.target, "__name__", "")
+        if name == "wrap_with_set_grad_enabled":
+            body, inputs = node.args[1], node.args[2:]
+        elif name == "wrap_with_autocast" and node.args[2] is False:
+            body, inputs = node.args[4], node.args[5:]
+        else:
+            continue
+        inner = getattr(module, str(body.target))
+        inline_contexts(inner)
+        placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        renamed: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(inner.graph, renamed)
+        for user in list(node.users):  # each takes one of the results
+            assert isinstance(results, tuple | list)
+            user.replace_all_uses_with(results[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        if not body.users:
+            module.graph.erase_node(body)
+    module.recompile()
 
 
 def describe(exported: ExportedProgram, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
