@@ -107,10 +107,13 @@ def input_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tupl
 
 
 def share_structure(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every tensor with the original, in `eval()` mode."""
+    """A copy of the module tree that shares every tensor with the original, in `eval()` mode.
+
+    What modules keep from earlier runs in `eval()`, and forget when they go back to training, is forgotten.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    return shared.eval()
+    return shared.train().eval()
 
 
 def capture(
