@@ -933,6 +933,62 @@ class FadingSignal(Net):
         return self.head(x.mean((-2, -1)))
 
 
+class AddedToAWholeSlice(Net):
+    """A sum written into a slice that happens to be all of a concatenation (GhostNet)."""
+
+    spaces = (4, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+        self.wide, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        skip = torch.tanh(self.stem(x))
+        x = torch.cat([self.left(skip), self.right(skip)], 1)[:, :4]
+        x += skip
+        return self.head(torch.tanh(self.wide(torch.tanh(x))))
+
+
+class StandardisedWeight(Net):
+    """Weights standardised by a batch normalisation that takes units for channels (NFNet)."""
+
+    sample_shape = (3, 4, 4)
+    spaces = (4, 5)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1), nn.Linear(5, 2)
+        self.gain = nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        weight = self.body.weight
+        flat = F.batch_norm(weight.reshape(1, 5, -1), None, None, weight=self.gain, training=True, momentum=0.0)
+        x = torch.tanh(F.conv2d(x, flat.reshape_as(weight), self.body.bias))
+        return self.head(x.mean((-2, -1)))
+
+
+class DistanceBias(Net):
+    """A bias for each distance between two places: pair by pair it meets all of them, yet it cannot be exchanged."""
+
+    sample_shape = (3, 3)
+    spaces = (4, (3, 1))
+    missed = 0
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.value, self.head = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 2)
+        self.table = nn.Parameter(torch.randn(3, 3))
+        self.register_buffer("index", (torch.arange(3)[:, None] - torch.arange(3)) % 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        weights = (x @ x.transpose(1, 2))[:, None] + self.table[:, self.index]
+        value = self.value(x).transpose(1, 2)[..., None]
+        return self.head((weights.softmax(-1) @ value).squeeze(-1).transpose(1, 2))
+
+
 class OuterProduct(Net):
     """Every pair of a unit of one branch and a unit of the other is a feature."""
 

@@ -121,6 +121,8 @@ def part_of(tracing: Tracing, view: fx.Node) -> tuple[int, int, int]:
     op = view.target
     if not isinstance(op, OpOverload) or not isinstance(outer, Value):
         return 0, 0, 0
+    if str(op.overloadpacket) in ("aten.alias", "aten.detach") and outer.shape:
+        return 0, 0, outer.shape[0]
     a = bind(op, view.args, dict(view.kwargs))
     if str(op.overloadpacket) == "aten.select":
         dim = a.dim % len(outer.shape)
