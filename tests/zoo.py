@@ -936,7 +936,7 @@ class FadingSignal(Net):
 class AddedToAWholeSlice(Net):
     """A sum written into a slice that happens to be all of a concatenation (GhostNet)."""
 
-    spaces = (4, 4)
+    spaces = (2, 2, 4)
 
     def __init__(self):
         super().__init__()
@@ -973,8 +973,7 @@ class DistanceBias(Net):
     """A bias for each distance between two places: pair by pair it meets all of them, yet it cannot be exchanged."""
 
     sample_shape = (3, 3)
-    spaces = (4, (3, 1))
-    missed = 0
+    spaces = (4, 3)
 
     def __init__(self):
         super().__init__()
