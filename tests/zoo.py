@@ -1711,10 +1711,7 @@ class MultiheadModule(Net):
 
 class LSTM(Net):
     sample_shape = (3, 2)
-    spaces = (5,)
-    missed = 4
-    why = "aten.lstm has no rule"
-    frozen_by = ("aten.lstm",)
+    spaces = (4, 5)
 
     def __init__(self):
         super().__init__()
@@ -1725,13 +1722,55 @@ class LSTM(Net):
         return self.head(F.relu(self.layer(self.rnn(x)[0])))
 
 
-class GRU(LSTM):
-    why = "aten.gru has no rule"
-    frozen_by = ("aten.gru",)
+class LSTMDeepBothWays(LSTM):
+    spaces = (4, 4, 4, 4, 5)
 
     def __init__(self):
         super().__init__()
-        self.rnn = nn.GRU(2, 4, batch_first=True)
+        self.rnn = nn.LSTM(2, 4, num_layers=2, bidirectional=True)
+        self.layer = nn.Linear(8, 5)
+
+
+class LSTMLastState(LSTM):
+    def forward(self, x):
+        _, (hidden, cell) = self.rnn(x)
+        return self.head(F.relu(self.layer(hidden[-1] + cell[-1])))
+
+
+class LSTMStart(LSTM):
+    """The first state is learned: its units move with the layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.ParameterList([nn.Parameter(torch.randn(1, 1, 4)) for _ in range(2)])
+
+    def forward(self, x):
+        start = tuple(value.expand(1, len(x), 4) for value in self.start)
+        return self.head(F.relu(self.layer(self.rnn(x, start)[0])))
+
+
+class LSTMProjected(LSTM):
+    spaces = (5,)
+    missed = 7
+    why = "aten.lstm has no rule for projected hidden states"
+    frozen_by = ("aten.lstm",)
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(2, 4, batch_first=True, proj_size=3)
+        self.layer = nn.Linear(3, 5)
+
+
+class GRU(LSTM):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(2, 4, batch_first=True, bias=False)
+
+
+class RNN(LSTM):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.RNN(2, 4, nonlinearity="relu")
 
 
 class LSTMCell(Net):
