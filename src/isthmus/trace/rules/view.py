@@ -60,8 +60,8 @@ def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     results = [act(torch.from_numpy(np.require(layer, requirements="W")).expand(x.shape)) for layer in x.layers]
     shape_only = act(torch.empty(x.shape, device="meta"))
     if isinstance(shape_only, Tensor):
-        for layer, result in zip(x.layers, results, strict=True):
-            lost = np.setdiff1d(layer, result.numpy())
+        for layer, result in zip(x.layers, results if str(op.overloadpacket) in SELECTIONS else [], strict=False):
+            lost = np.setdiff1d(layer, compress(result.numpy()))
             if len(lost):
                 tracing.cut.setdefault(node.name, []).append(lost)
         moved = relabelled(tracing, x, shape_only, results)
@@ -116,6 +116,9 @@ def stack(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Values side by side along a new dimension."""
     return concatenate(tracing.units, [unsqueeze(value, a.dim) for value in a.tensors], a.dim)
 
+
+SELECTIONS = {f"aten.{name}" for name in ("slice", "select", "narrow", "index", "index_select", "take_along_dim")}
+SELECTIONS |= {"aten.diagonal", "aten.unfold"}
 
 RUNNABLE = (  # noqa: SIM905 - a list literal would take a line for each name
     "view _unsafe_view reshape flatten unflatten permute transpose t numpy_T matrix_H mT unsqueeze squeeze expand "
