@@ -158,9 +158,14 @@ class DataSet:
         """
         return self._batches(self._parts(holdout)[1], batch_size, None)
 
-    def test(self, batch_size: int = 500) -> Batches:
-        """Returns batches of the test part: for the final number, never for a choice."""
-        return Batches(self.x_test, self.y_test, batch_size, mean=self.mean, std=self.std)
+    def test(self, batch_size: int = 500, *, seed: int | None = None) -> Batches:
+        """Returns batches of the test part: for the final number, never for a choice.
+
+        Args:
+            batch_size: samples a batch.
+            seed: shuffles once, for those who take only a part.
+        """
+        return Batches(self.x_test, self.y_test, batch_size, mean=self.mean, std=self.std, seed=seed)
 
     def train_indices(self, holdout: int = 0, indices: Int64[Tensor, " chosen"] | None = None) -> Int64[Tensor, " _"]:
         """Returns the training samples that are not held out, ascending; or those among `indices`, in their order.

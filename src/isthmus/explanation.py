@@ -126,7 +126,7 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
     run = load_run(Path(folder))
     assert run.inputs.data is not None
     assert run.inputs.calibration is not None
-    scored = run.inputs.data.test(run.inputs.calibration.batch_size).take(wishes.images)
+    scored = run.inputs.data.test(run.inputs.calibration.batch_size, seed=run.recipe.seed).take(wishes.images)
     units = measure_units(run.inputs.models, run.alignment, run.merged, scored, naive=run.naive)
     ratios = variance_ratios(run, units, scored)
     gallery = draw(run, units, scored, wishes)
