@@ -105,8 +105,8 @@ def test_connect_needs_two_models_and_data(tmp_path):
 
 def test_the_first_weight_suggests_an_input_and_it_is_said():
     model = nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    (batch,), assumed = example_input(model.eval(), None, None)
-    assert batch.shape[1] == 5
+    batch, assumed = example_input(model.eval(), None, None)
+    assert batch.args[0].shape[1] == 5
     assert "5" in assumed
 
 

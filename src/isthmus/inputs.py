@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from isthmus.batches import Batch, as_batch
 from isthmus.checkpoint import hash_file, load_state
 from isthmus.data import Batches, DataSet, load_data
 from isthmus.errors import DataError, InputError
@@ -26,7 +27,7 @@ class Inputs:
         models: The models, in `eval()`.
         data: The data set, or None.
         calibration: Training batches for statistics and activations, or None.
-        example: A batch of two, for tracing.
+        example: A batch of two for tracing, positional and keyword inputs.
         assumed: What was assumed about the example, or "" where it is known.
     """
 
@@ -34,7 +35,7 @@ class Inputs:
     models: list[nn.Module]
     data: DataSet | None
     calibration: Batches | None
-    example: tuple[Tensor, ...]
+    example: Batch
     assumed: str
 
 
@@ -69,9 +70,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     return Inputs(architecture, models, data, calibration, example, assumed)
 
 
-def example_input(
-    model: nn.Module, shape: Sequence[int] | None, data: DataSet | None
-) -> tuple[tuple[Tensor, ...], str]:
+def example_input(model: nn.Module, shape: Sequence[int] | None, data: DataSet | None) -> tuple[Batch, str]:
     """A batch of two inputs on which the model runs, and what was assumed to make it.
 
     The shape is the one given, else the data's, else the one that the model states, else one that its first weight
@@ -83,38 +82,37 @@ def example_input(
     """
     reference = next((t for t in model.state_dict().values() if t.is_floating_point()), torch.zeros(()))
     if shape is None and data is not None:
-        batch = next(iter(data.test(2)))[0]
-        batch = batch.to(reference.dtype) if batch.is_floating_point() else batch
+        batch = as_batch(next(iter(data.test(2)))[0]).to(reference.device, reference.dtype)
         failure = why_not(model, batch)
         if failure:
             raise DataError(
                 f"the model does not run on {data.name} (samples {data.sample_shape}: {failure}): check --model"
             )
-        return (batch,), ""
+        return batch, ""
     stated = sample_shape(model) if shape is None else tuple(shape)
     if stated is not None:
-        batch = torch.randn(2, *stated, dtype=reference.dtype)
+        batch = as_batch(torch.randn(2, *stated, dtype=reference.dtype))
         failure = why_not(model, batch)
         if failure:
             raise InputError(
                 f"the model does not run on inputs of shape {stated} ({failure}): give --input, such as 3,32,32"
             )
-        return (batch,), ""
+        return batch, ""
     weight = next((t for t in model.state_dict().values() if t.ndim >= 2), None)
     for rest in USUAL_SHAPES.get(weight.ndim, ()) if weight is not None else ():
         assert weight is not None
         guess = (weight.shape[1], *rest)
-        batch = torch.randn(2, *guess, dtype=reference.dtype)
+        batch = as_batch(torch.randn(2, *guess, dtype=reference.dtype))
         if not why_not(model, batch):
-            return (batch,), f"inputs of shape {guess}, from the first weight's shape {tuple(weight.shape)}"
+            return batch, f"inputs of shape {guess}, from the first weight's shape {tuple(weight.shape)}"
     raise InputError("no input is known on which the model runs: give --input, such as 3,32,32, or --data")
 
 
-def why_not(model: nn.Module, batch: Tensor) -> str:
+def why_not(model: nn.Module, batch: Batch) -> str:
     """Why the model does not run on a batch, in one line; empty where it does."""
     try:
         with torch.no_grad():
-            model(batch)
+            model(*batch.args, **batch.kwargs)
     except Exception as error:  # a foreign model may raise anything on inputs that do not fit
         return " ".join(str(error).split())[:160] or type(error).__name__
     return ""

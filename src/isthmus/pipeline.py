@@ -50,10 +50,18 @@ from isthmus.transform import Alignment, apply
 MOST_MODELS_WALKED = 5
 
 
+def trace_inputs(recipe: Recipe, inputs: Inputs) -> tuple[Symmetry, Proof | None]:
+    """The symmetry of the first model, and its proof unless the recipe leaves it out."""
+    model, example = inputs.models[0], inputs.example
+    symmetry = trace(model, *example.args, kwargs=example.kwargs)
+    if not recipe.verify:
+        return symmetry, None
+    return symmetry, verify(model, symmetry, *example.args, kwargs=example.kwargs, seed=recipe.seed)
+
+
 def prepare(recipe: Recipe, inputs: Inputs) -> tuple[Symmetry, Proof | None, Alignment]:
     """The symmetry, its proof unless the recipe leaves it out, and the alignment."""
-    symmetry = trace(inputs.models[0], *inputs.example)
-    proof = verify(inputs.models[0], symmetry, *inputs.example, seed=recipe.seed) if recipe.verify else None
+    symmetry, proof = trace_inputs(recipe, inputs)
     method = configure("matching method", recipe.align.method, METHODS, recipe.align.options)
     data = inputs.calibration if method.needs or method.name == "auto" else None
     return symmetry, proof, align(inputs.models, symmetry, method, data=data, seed=recipe.seed)
@@ -307,8 +315,7 @@ def run_compare(
     inputs = load_inputs(recipe)
     assert inputs.data is not None
     assert inputs.calibration is not None
-    symmetry = trace(inputs.models[0], *inputs.example)
-    proof = verify(inputs.models[0], symmetry, *inputs.example, seed=recipe.seed) if recipe.verify else None
+    symmetry, proof = trace_inputs(recipe, inputs)
     base = None if recipe.base_model is None else load_state(recipe.base_model)
     start = time.perf_counter()
     scored = inputs.data.test() if split == "test" else inputs.calibration
@@ -364,13 +371,13 @@ def inspect_model(
         raise ModelError(f"{architecture} has no parameters: there is nothing to inspect")
     example, assumed = example_input(model, shape, data)
     start = time.perf_counter()
-    symmetry = trace(model, *example)
+    symmetry = trace(model, *example.args, kwargs=example.kwargs)
     traced = time.perf_counter() - start
-    proof = verify(model, symmetry, *example) if prove else None
+    proof = verify(model, symmetry, *example.args, kwargs=example.kwargs) if prove else None
     return {
         "isthmus": version("isthmus"),
         "model": architecture,
-        "input": list(example[0].shape[1:]),
+        "input": list(example.args[0].shape[1:]),
         "assumed": assumed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": traced,
