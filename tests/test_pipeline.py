@@ -9,7 +9,7 @@ from torch import nn
 
 from isthmus.data import load_data
 from isthmus.errors import CheckpointError, DataError, InputError
-from isthmus.inputs import example_input
+from isthmus.example import example_input
 from isthmus.models import load_model
 from isthmus.pipeline import run_align, run_connect, run_merge
 from isthmus.recipe import Alignment, Data, Member, Recipe, read_recipe
