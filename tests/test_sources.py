@@ -176,6 +176,7 @@ def test_an_exported_program_has_the_symmetry_of_its_model(program):
     own, other = (isthmus.trace(each, *batch.args, kwargs=batch.kwargs) for each in (model, loaded))
     assert own.hash == other.hash
     assert own.free_units == 8
+    assert own.tied == other.tied == {"again.weight": "middle.weight"}
     isthmus.verify(loaded, other, *batch.args, kwargs=batch.kwargs, trials=2)
 
 

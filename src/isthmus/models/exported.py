@@ -41,12 +41,25 @@ def build(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise ModelError(
             f"model {spec!r}: {trains.name} runs in training mode; export the model again after model.eval()"
         )
+    tie_shared(module)
     copy_leaves_quietly()
     for method in ("train", "eval"):  # these only refuse; no operation of the graph depends on the mode
         vars(module).pop(method, None)
     if program.example_inputs is not None:
         module.meta[EXAMPLE] = program.example_inputs
     return module.eval()
+
+
+def tie_shared(module: nn.Module) -> None:
+    """Makes one tensor again of those that share all their memory: files keep what was tied as several views of it."""
+    first: dict[tuple[object, ...], torch.Tensor] = {}
+    for part in module.modules():
+        for own in (part._parameters, part._buffers):
+            for name, tensor in own.items():
+                if tensor is None or not tensor.numel():
+                    continue
+                key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), type(tensor))
+                own[name] = first.setdefault(key, tensor)  # pyright: ignore[reportArgumentType]
 
 
 def copy_leaves_quietly() -> None:

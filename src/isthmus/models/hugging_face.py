@@ -144,9 +144,9 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 
 def is_hugging_face(model: nn.Module) -> bool:
-    """Whether a module is a model of transformers; does not import it."""
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+    """Whether a module is a model of transformers; imports nothing."""
+    modelling = sys.modules.get("transformers.modeling_utils")
+    return modelling is not None and isinstance(model, modelling.PreTrainedModel)
 
 
 # ---- configurations
