@@ -112,6 +112,14 @@ def test_sharded_and_single_files_are_read_alike(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in model.state_dict())
 
 
+def test_a_wrapper_around_all_names_is_taken_off(parents, tmp_path):
+    state = load_state(parents[0])
+    save_state({f"module.{name}": value for name, value in state.items()}, tmp_path / "wrapped.safetensors")
+    model = load_model(f"hf:{parents[0]}")
+    a, b = load_weights(parents[0], model), load_weights(tmp_path / "wrapped.safetensors", model)
+    assert all(torch.equal(a[name], b[name]) for name in model.state_dict())
+
+
 def test_weights_keep_their_precision(tmp_path):
     folder = tmp_path / "model"
     model_of("gpt2").to(torch.bfloat16).save_pretrained(folder)

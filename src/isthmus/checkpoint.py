@@ -109,16 +109,18 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def load_weights(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
     """Returns the tensors of a checkpoint under the names that a model has them by.
 
-    These are the file's own names, but for Hugging Face models, whose files may hold other names and shapes.
+    These are the file's own names, but for Hugging Face models, whose files may hold other names, shapes and orders of
+    rows than their modules do: a file for one is read as transformers reads it.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
         ModelError: a Hugging Face checkpoint does not fit the model.
     """
     state = load_state(path)
-    if is_hugging_face(model) and not state.keys() <= model.state_dict().keys():
-        return from_file_names(state, model, _quoted(path))
-    return state
+    if not is_hugging_face(model):
+        return state
+    wrapper = _wrapping(state)
+    return from_file_names({name.removeprefix(wrapper): value for name, value in state.items()}, model, _quoted(path))
 
 
 def load_module(path: str | Path, model: nn.Module) -> nn.Module:
