@@ -222,9 +222,11 @@ def test_sample_shape_is_none_or_checked():
         ("resnet20?norm=batsch", "norm='batsch' is unknown"),
         ("resnet20?shortcut=none", "shortcut='none' is unknown"),
         ("resnet20?width=-1", "width=-1"),
-        ("hf:gpt2", "the prefix hf: is not supported"),
-        ("timm:resnet18", "the prefix timm: is not supported"),
-        ("torchvision:resnet18", "the prefix torchvision: is not supported"),
+        ("hf:gpt2?layers=3", "a folder takes no arguments"),
+        ("pt2:nowhere", "there is no file 'nowhere'"),
+        ("nowhere.pt2", "there is no file 'nowhere.pt2'"),
+        ("bad_models.py.pt2", "cannot be read as an exported program"),
+        ("nowhere.pt2?width=2", "takes no arguments; leave out width="),
         ("bad_models2:linear", "did you mean 'bad_models'?"),
         ("nowhere.to.be.found:linear", "no module 'nowhere'"),
         ("bad_models:linaer", "did you mean 'linear'?"),
@@ -249,6 +251,7 @@ def test_a_wrong_spec_gets_one_line_that_helps(spec, says, tmp_path, monkeypatch
         "def fails(): raise ValueError('two\\nlines')\n"
         "def exits(): sys.exit(1)\n"
     )
+    (tmp_path / "bad_models.py.pt2").write_bytes(b"PK no archive")
     (tmp_path / "bad_import.py").write_text("import absent_dependency\n")
     (tmp_path / "bad_syntax.py").write_text("def linear(:\n")
     monkeypatch.chdir(tmp_path)

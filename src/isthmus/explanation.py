@@ -188,8 +188,8 @@ def load_run(folder: Path) -> Run:
         raise DataError(f"{folder} was merged without data: explaining reads units on it; merge again with --data")
     inputs = load_inputs(recipe)
     inputs.models = [model.float() for model in inputs.models]
-    example = tuple(x.float() if x.is_floating_point() else x for x in inputs.example)
-    symmetry = trace(inputs.models[0], *example)
+    example = inputs.example.mapped(lambda x: x.float() if x.is_floating_point() else x)
+    symmetry = trace(inputs.models[0], *example.args, kwargs=example.kwargs)
     alignment = Alignment.load(folder / "alignment.safetensors", symmetry)
     merged = load_module(folder / "model.safetensors", with_biases(inputs.models[0], report.get("gained_biases") or []))
     plain = merge(inputs.models, None, "mean", recipe.coefficients)

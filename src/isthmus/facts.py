@@ -76,7 +76,7 @@ def describe_proof(proof: Proof | None) -> dict[str, Any] | None:
 def describe_symmetry(symmetry: Symmetry, alignment: Alignment | None = None) -> dict[str, Any]:
     """Spaces, frozen axes, and how many units of each space an alignment moved."""
     touched = sum(math.prod(symmetry.shapes[name]) for name in symmetry.sites)
-    everything = sum(math.prod(shape) for shape in symmetry.shapes.values())
+    everything = sum(math.prod(shape) for name, shape in symmetry.shapes.items() if name not in symmetry.tied)
     return {
         "free_units": symmetry.free_units,
         "moved_share": touched / everything if everything else 0.0,
@@ -206,14 +206,22 @@ this model again.
 ## How to load it
 
 ```python
-from isthmus.checkpoint import load_module
-from isthmus.models import load_model
-
-model = load_module("model.safetensors", load_model("{recipe.architecture}"))
+{loading(recipe, report)}
 ```
 
 Open `report.html` for the figures and plots.
 """
+
+
+def loading(recipe: Recipe, report: Mapping[str, Any]) -> str:
+    """The lines of Python that load the model of a run folder."""
+    name = report.get("transformers_class")
+    if name:
+        return f'from transformers import {name}\n\nmodel = {name}.from_pretrained(".")'
+    return (
+        "from isthmus.checkpoint import load_module\nfrom isthmus.models import load_model\n\n"
+        f'model = load_module("model.safetensors", load_model("{recipe.architecture}"))'
+    )
 
 
 def describe_coefficients(recipe: Recipe, models: int) -> dict[str, Any]:
