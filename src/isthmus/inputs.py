@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.checkpoint import hash_file, load_state
-from isthmus.data import Batches, DataSet, load_data
+from isthmus.data import BLOCK, Batches, DataSet, load_data
 from isthmus.errors import DataError, InputError
 from isthmus.members import as_modules
-from isthmus.models import load_model, sample_shape
+from isthmus.models import example_batch, load_model, sample_shape, window
 from isthmus.recipe import Recipe
 
 # Shapes of one sample that are tried when nothing says what the model reads, by the rank of its first weight.
@@ -63,7 +63,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
         models = [model.to(getattr(torch, recipe.dtype)) for model in models]
     data = calibration = None
     if recipe.data is not None:
-        data = load_data(recipe.data.name, recipe.data.folder)
+        data = load_data(recipe.data.name, recipe.data.folder, block=window(architecture) or BLOCK)
         calibration = data.train(recipe.data.batch_size, seed=recipe.seed).take(recipe.data.samples)
     example, assumed = example_input(models[0], recipe.input, data)
     return Inputs(architecture, models, data, calibration, example, assumed)
@@ -93,7 +93,7 @@ def example_input(
         return (batch,), ""
     stated = sample_shape(model) if shape is None else tuple(shape)
     if stated is not None:
-        batch = torch.randn(2, *stated, dtype=reference.dtype)
+        batch = example_batch(model, stated, 2, reference.dtype)
         failure = why_not(model, batch)
         if failure:
             raise InputError(

@@ -7,20 +7,36 @@ import json
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from isthmus.errors import ModelError
+from isthmus.models.gpt import GPT
 from isthmus.models.mlp import MLP
 from isthmus.models.resnet import ResNet20
 from isthmus.models.small_cnn import SmallCNN
 from isthmus.models.vgg import VGG
+from isthmus.models.vit import ViT
 
-__all__ = ["MLP", "VGG", "ZOO", "ResNet20", "SmallCNN", "load_model", "sample_shape"]
+__all__ = [
+    "GPT",
+    "MLP",
+    "VGG",
+    "ZOO",
+    "ResNet20",
+    "SmallCNN",
+    "ViT",
+    "example_batch",
+    "load_model",
+    "sample_shape",
+    "sample_tokens",
+    "window",
+]
 
 ZOO: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
@@ -30,6 +46,8 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
     "vgg16": partial(VGG, depth=16),
     "vgg16_bn": partial(VGG, depth=16, bn=True),
     "resnet20": ResNet20,
+    "gpt": GPT,
+    "vit": ViT,
 }
 LATER = ("hf", "timm", "torchvision")
 
@@ -77,6 +95,36 @@ def sample_shape(model: nn.Module) -> tuple[int, ...] | None:
             f"{type(model).__name__}.sample_shape is {shape!r}; it must be positive integers, as (3, 32, 32)"
         )
     return tuple(shape)
+
+
+def sample_tokens(model: nn.Module) -> int | None:
+    """Returns how many tokens the model knows, from `model.sample_tokens`; None where its inputs are no tokens.
+
+    Raises:
+        ModelError: the attribute is not a positive integer.
+    """
+    tokens = getattr(model, "sample_tokens", None)
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise ModelError(f"{type(model).__name__}.sample_tokens is {tokens!r}; it must be a positive integer, as 65")
+    return tokens
+
+
+def example_batch(model: nn.Module, shape: Sequence[int], samples: int, dtype: torch.dtype) -> Tensor:
+    """Returns random samples [samples, *shape]: tokens (int64) where the model takes them, else normal in `dtype`.
+
+    They are drawn from torch's global random generator.
+
+    Raises:
+        ModelError: `model.sample_tokens` is not a positive integer.
+    """
+    tokens = sample_tokens(model)
+    return torch.randn(samples, *shape, dtype=dtype) if tokens is None else torch.randint(tokens, (samples, *shape))
+
+
+def window(model: nn.Module) -> int | None:
+    """Returns how many tokens one sample has; None where the model takes no tokens, or does not say."""
+    shape = sample_shape(model) if sample_tokens(model) is not None else None
+    return shape[0] if shape is not None and len(shape) == 1 else None
 
 
 def _arguments(spec: str, query: str) -> dict[str, Any]:
