@@ -90,6 +90,11 @@ class Batches:
         indices = self.indices[: max(samples, 0)]
         return Batches(self.x, self.y, self.batch_size, mean=self.mean, std=self.std, indices=indices)
 
+    def halved(self) -> "Batches":
+        """Returns the same samples in two batches."""
+        size = math.ceil(len(self.indices) / 2)
+        return Batches(self.x, self.y, size, mean=self.mean, std=self.std, indices=self.indices)
+
 
 @dataclass(frozen=True, eq=False)
 class DataSet:

@@ -70,7 +70,7 @@ class Attention(nn.Module):
         if self.cosines is not None and self.sines is not None:
             cosines, sines = self.cosines[:tokens], self.sines[:tokens]
             q_BHTK, k_BHTK = turn(q_BHTK, cosines, sines), turn(k_BHTK, cosines, sines)
-        scores_BHTT = q_BHTK @ k_BHTK.transpose(2, 3) / math.sqrt(units)
+        scores_BHTT = (q_BHTK / math.sqrt(units)) @ k_BHTK.transpose(2, 3)
         if self.mask is not None:
             scores_BHTT = scores_BHTT.masked_fill(self.mask[:tokens, :tokens], -math.inf)
         read_BHTK = F.softmax(scores_BHTT, dim=-1) @ v_BHTK
