@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import isthmus
-from isthmus.average import AVERAGES
+from isthmus.average import AVERAGES, Fisher
 from isthmus.average.regmean import RegMean
 from isthmus.cli import main
 from isthmus.connect import connect
@@ -87,7 +87,7 @@ def test_the_proof_holds(spec):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("spec", [GPT, ROPE, VIT])
+@pytest.mark.parametrize("spec", [ROPE, VIT])
 def test_copies_merge_into_the_model_they_are_of(spec, method):
     model = lively(spec, 0)
     models = [model, copy.deepcopy(model)]
@@ -98,11 +98,12 @@ def test_copies_merge_into_the_model_they_are_of(spec, method):
         torch.testing.assert_close(merged(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", [GPT, ROPE, TIED, VIT])
+@pytest.mark.parametrize("spec", [TIED, pytest.param(ROPE, marks=pytest.mark.slow), VIT])
 def test_every_way_of_merging_is_scored_or_says_why_not(spec):
+    ways = [Fisher(samples=4) if name == "fisher" else name for name in AVERAGES]
     found = isthmus.compare(
         pair(spec), data(spec), data(spec), traced(spec),
-        methods=[BRIEF.get(name, name) for name in METHODS if name != "auto"], averages=list(AVERAGES),
+        methods=[BRIEF.get(name, name) for name in METHODS if name != "auto"], averages=ways,
     )  # fmt: skip
     assert len(found.rows) == (len(METHODS) - 1) * len(AVERAGES) * 2  # no BatchNorm: nothing to reset
     for row in found.rows:
@@ -161,7 +162,6 @@ def test_a_layer_whose_weight_is_an_embedding_too_is_not_fitted():
 def test_a_tied_tensor_gets_what_the_average_found_for_it(average):
     models = pair(TIED)
     base = lively(TIED, 9)
-    # What fisher weighs, tensor by tensor, does not hang on names: of a head that is the embedding it is one number.
     chosen = AVERAGES[average]()
     seen: dict[str, torch.Tensor] = {}
 
@@ -192,7 +192,7 @@ def test_copies_share_a_trunk(spec):
 # Lines and explanations
 
 
-@EVERY_NETWORK
+@pytest.mark.parametrize("spec", [TIED, VIT])
 def test_the_line_between_two_is_measured(spec):
     curve = connect(*pair(spec), data(spec), points=3)
     assert len(curve.losses) == 3
