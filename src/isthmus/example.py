@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from isthmus.batches import Batch, as_batch
 from isthmus.data import DataSet
 from isthmus.errors import DataError, InputError
-from isthmus.models import exported, hugging_face, sample_shape
+from isthmus.models import exported, hugging_face, sample_shape, sample_tokens
 
 # Shapes of one sample that are tried when nothing says what the model reads, by the rank of its first weight.
 USUAL_SHAPES = {2: ((),), 3: ((128,),), 4: ((32, 32), (28, 28), (224, 224), (8, 8)), 5: ((16, 32, 32),)}
@@ -163,7 +163,7 @@ def drawn(model: nn.Module, inputs: Sequence[InputShape], dtype: torch.dtype) ->
 
     A model that reads tokens and says how many there are, in its attribute `sample_tokens`, gets such by default.
     """
-    vocabulary = getattr(model, "sample_tokens", None)
+    vocabulary = sample_tokens(model)
     generator = torch.Generator().manual_seed(0)
     args: list[Tensor] = []
     kwargs: dict[str, Tensor] = {}

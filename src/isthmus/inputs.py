@@ -8,11 +8,11 @@ from torch import nn
 
 from isthmus.batches import Batch
 from isthmus.checkpoint import hash_file, load_weights
-from isthmus.data import Batches, DataSet, load_data
+from isthmus.data import BLOCK, Batches, DataSet, load_data
 from isthmus.errors import InputError
 from isthmus.example import example_input
 from isthmus.members import as_modules
-from isthmus.models import load_model
+from isthmus.models import load_model, window
 from isthmus.models.hugging_face import check_config, describes_model, is_hugging_face
 from isthmus.recipe import Recipe
 
@@ -65,7 +65,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
         models = [model.to(getattr(torch, recipe.dtype)) for model in models]
     data = calibration = None
     if recipe.data is not None:
-        data = load_data(recipe.data.name, recipe.data.folder)
+        data = load_data(recipe.data.name, recipe.data.folder, block=window(architecture) or BLOCK)
         calibration = data.train(recipe.data.batch_size, seed=recipe.seed).take(recipe.data.samples)
     example, assumed = example_input(models[0], recipe.input, data)
     return Inputs(architecture, models, data, calibration, example, assumed)

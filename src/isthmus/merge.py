@@ -16,6 +16,7 @@ from isthmus.moments import check_symmetry
 from isthmus.registry import configure
 from isthmus.running_statistics import running_statistics
 from isthmus.symmetry import Symmetry
+from isthmus.trace.capture import tied_names
 from isthmus.transform import Alignment, LinearMap, Transforms, move_state
 
 
@@ -88,6 +89,8 @@ def merge(
     base_state = None if base is None else upcast(as_modules([base], architecture)[0].state_dict())
     aligned = Aligned(states, weights, architecture, data, base_state, seed, modules, alignment)
     merged = configured(aligned)
+    # A tied tensor has several names, and the averages answer for its first: loading them all, the last would count.
+    merged |= {alias: merged[name] for alias, name in tied_names(architecture).items() if name in merged}
     undefined -= aligned.measured
     merged |= {name: torch.ones_like(merged[name]) for name in undefined}
     result = finish(architecture, merged, needs_repair=bool(undefined))

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from isthmus.average.coefficients import Given, check_coefficients
 from isthmus.batches import Batch, check_data, read_batches
 from isthmus.errors import InputError, ModelError, TransformError
+from isthmus.layers import shared_weights
 from isthmus.members import as_modules
 from isthmus.moments import symmetry_of
 from isthmus.progress import progress
@@ -172,8 +173,8 @@ def rescaling_points(symmetry: Symmetry) -> list[Point]:
         for product in graph.contractions
         if product.node in carriers and not (product.node in normalised and users[product.node] == 1)
     ]
-    by_weight = [point.weight for point in points]
-    return [point for point in points if by_weight.count(point.weight) == 1]  # a shared tensor cannot serve two places
+    shared = shared_weights(graph.program)
+    return [point for point in points if point.weight not in shared]  # a shared tensor cannot serve two places
 
 
 class Statistics:

@@ -9,12 +9,28 @@ from torch import nn
 from isthmus.errors import ModelError
 from isthmus.models import exported, from_timm, from_torchvision, hugging_face
 from isthmus.models.factory import build, current_folder_importable, did_you_mean, find_factory, parse_arguments
+from isthmus.models.gpt import GPT
 from isthmus.models.mlp import MLP
 from isthmus.models.resnet import ResNet20
 from isthmus.models.small_cnn import SmallCNN
 from isthmus.models.vgg import VGG
+from isthmus.models.vit import ViT
 
-__all__ = ["MLP", "VGG", "ZOO", "ResNet20", "SmallCNN", "absolute_spec", "load_model", "parse_spec", "sample_shape"]
+__all__ = [
+    "GPT",
+    "MLP",
+    "VGG",
+    "ZOO",
+    "ResNet20",
+    "SmallCNN",
+    "ViT",
+    "absolute_spec",
+    "load_model",
+    "parse_spec",
+    "sample_shape",
+    "sample_tokens",
+    "window",
+]
 
 ZOO: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
@@ -24,6 +40,8 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
     "vgg16": partial(VGG, depth=16),
     "vgg16_bn": partial(VGG, depth=16, bn=True),
     "resnet20": ResNet20,
+    "gpt": GPT,
+    "vit": ViT,
 }
 
 # Libraries and files that networks come from, by the prefix of their names.
@@ -106,3 +124,21 @@ def sample_shape(model: nn.Module) -> tuple[int, ...] | None:
             f"{type(model).__name__}.sample_shape is {shape!r}; it must be positive integers, as (3, 32, 32)"
         )
     return tuple(shape)
+
+
+def sample_tokens(model: nn.Module) -> int | None:
+    """Returns how many tokens the model knows, from `model.sample_tokens`; None where its inputs are no tokens.
+
+    Raises:
+        ModelError: the attribute is not a positive integer.
+    """
+    tokens = getattr(model, "sample_tokens", None)
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise ModelError(f"{type(model).__name__}.sample_tokens is {tokens!r}; it must be a positive integer, as 65")
+    return tokens
+
+
+def window(model: nn.Module) -> int | None:
+    """Returns how many tokens one sample has; None where the model takes no tokens, or does not say."""
+    shape = sample_shape(model) if sample_tokens(model) is not None else None
+    return shape[0] if shape is not None and len(shape) == 1 else None
