@@ -14,7 +14,8 @@ from isthmus.errors import (
     TraceError,
     TransformError,
 )
-from isthmus.fold import fold_batch_norms
+from isthmus.fold import fold_batch_norms, fold_norm_gains
+from isthmus.groups import keeps_function
 from isthmus.match import align
 from isthmus.merge import merge
 from isthmus.moments import Moments, collect
@@ -62,6 +63,8 @@ __all__ = [
     "cycle_error",
     "evaluate",
     "fold_batch_norms",
+    "fold_norm_gains",
+    "keeps_function",
     "match",
     "merge",
     "pairwise_barriers",

@@ -527,6 +527,13 @@ def print_frozen(symmetry: Mapping[str, Any]) -> None:
         shown = ", ".join(items[:6]) + (f" and {len(items) - 6} more" if len(items) > 6 else "")
         where = f" ({place})" if place else ""
         console.print(f"frozen: {escape(reason)}{escape(where)}: {escape(shown)}", style=None if expected else "yellow")
+    kept: dict[str, list[str]] = {}
+    for gain in symmetry["gains"]:
+        if gain["obstacle"]:
+            kept.setdefault(gain["obstacle"], []).append(gain["parameter"])
+    for obstacle, names in kept.items():
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        console.print(f"permutations only: a gain cannot be folded: {escape(obstacle)}: {escape(shown)}")
     if symmetry["untouched"]:
         console.print(f"never used: {escape(', '.join(symmetry['untouched']))}", style="yellow")
 

@@ -27,6 +27,9 @@ WILDCARD = -1
 # Evidence level of units that a product of two activations sums over: T and T⁻¹ cannot be told apart there.
 ORTHOGONAL_LEVEL = 1
 
+# Evidence level of units that are all summed alike, or that all receive the same number.
+FIXING_ONES_LEVEL = 2
+
 
 @dataclass(frozen=True)
 class Reason:

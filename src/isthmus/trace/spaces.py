@@ -3,12 +3,12 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Int
 
-from isthmus.symmetry import Frozen, Group, Site, Space
+from isthmus.symmetry import Frozen, Gain, Group, Site, Space
 from isthmus.trace.capture import Program
 from isthmus.trace.execute import BatchNorm, Contraction, Tracing
 from isthmus.trace.labels import (
@@ -509,9 +509,19 @@ def blocks_in(units: Units, solution: Solution, value: Value) -> list[int]:
     return sorted(blocks)
 
 
-def describe_spaces(tracing: Tracing, solution: Solution, names: Sequence[str]) -> tuple[list[Space], list[str]]:
-    """The public spaces, parents first, and for each block of the solution its space's name ("" where it has none)."""
+def describe_spaces(
+    tracing: Tracing, solution: Solution, names: Sequence[str], gains: Sequence[Gain] = ()
+) -> tuple[list[Space], list[str]]:
+    """The public spaces, parents first, and for each block of the solution its space's name ("" where it has none).
+
+    Args:
+        tracing: What was learnt from the graph.
+        solution: The spaces under construction.
+        names: The state dict's, in order.
+        gains: The norms' gains.
+    """
     variances = {norm.variance for norm in tracing.batch_norms}
+    absorbed = {gain.parameter for gain in gains if not gain.obstacle}
     sites: dict[int, list[Site]] = defaultdict(list)
     levels = [block.level for block in solution.blocks]
     ordered = sorted(tracing.parameters.items(), key=lambda item: names.index(item[0]))
@@ -526,6 +536,9 @@ def describe_spaces(tracing: Tracing, solution: Solution, names: Sequence[str]) 
                 role = "variance" if name in variances else "covector" if contracted and not kept else "vector"
                 sites[block].append(Site(name, dims, positions, role))
     has_children = {block.parent for block in solution.blocks}
+    for block, level in enumerate(levels):
+        if block not in has_children and GROUPS[level] is not Group.PERMUTATION:
+            sites[block] = [replace(s, role="diagonal") if s.parameter in absorbed else s for s in sites[block]]
     chosen: dict[int, str] = {}
     taken: set[str] = set()
     for block in range(len(solution.blocks)):
@@ -535,12 +548,12 @@ def describe_spaces(tracing: Tracing, solution: Solution, names: Sequence[str]) 
     for block, found in enumerate(solution.blocks):
         if block not in chosen:
             continue
-        nested = found.parent is not None or block in has_children
         spaces.append(
             Space(
                 name=chosen[block],
                 size=found.size,
-                group=Group.PERMUTATION if nested else GROUPS[levels[block]],
+                # Units that hold others are no vectors: only whole units can change places.
+                group=Group.PERMUTATION if block in has_children else GROUPS[levels[block]],
                 sites=tuple(sites[block]),
                 parent=None if found.parent is None else chosen[found.parent],
                 copies=found.copies,
