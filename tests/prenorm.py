@@ -74,7 +74,7 @@ class Config:
     post: bool = False
     tied: bool = False
     conv: bool = False
-    blocks: int = 2
+    blocks: int = 1
 
 
 NORMS = {

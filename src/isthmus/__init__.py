@@ -15,6 +15,7 @@ from isthmus.errors import (
     TransformError,
 )
 from isthmus.fold import fold_batch_norms, fold_norm_gains
+from isthmus.gauges import canonicalise
 from isthmus.groups import keeps_function
 from isthmus.match import align
 from isthmus.merge import merge
@@ -23,7 +24,7 @@ from isthmus.partial_zip import PartialZip, partial_zip
 from isthmus.repair import repair
 from isthmus.score import Score, evaluate
 from isthmus.simplex import Plane, Simplex, walk_plane, walk_simplex
-from isthmus.symmetry import Frozen, Group, Site, Space, Symmetry
+from isthmus.symmetry import Frozen, Gain, Gauge, Group, Site, Space, Symmetry
 from isthmus.trace import Proof, trace, verify
 from isthmus.transform import Alignment, LinearMap, Permutation, apply
 
@@ -35,6 +36,8 @@ __all__ = [
     "CycleError",
     "DataError",
     "Frozen",
+    "Gain",
+    "Gauge",
     "Group",
     "InputError",
     "IsthmusError",
@@ -57,6 +60,7 @@ __all__ = [
     "align",
     "apply",
     "average",
+    "canonicalise",
     "collect",
     "compare",
     "connect",

@@ -105,6 +105,19 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Gauge:
+    """A freedom of single units that is no permutation: what writes a unit times a factor, what reads it divided by it.
+
+    Attributes:
+        space: Name of the space whose units these are.
+        kind: `"sign"`, factors of 1 and −1, or `"scale"`, positive ones.
+    """
+
+    space: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Frozen:
     """Units that cannot move, and why.
 
@@ -138,6 +151,7 @@ class Symmetry:
         tied: Names that are a second name of another tensor, mapped to that tensor's first name.
         untouched: Floating-point tensors that no traced operation reads.
         gains: The gains of norms, and whether their consumers can take them in.
+        gauges: Signs and scales that single units are free to take.
         program: The captured graph, from which activations are read; None after loading from JSON.
     """
 
@@ -147,6 +161,7 @@ class Symmetry:
     tied: Mapping[str, str] = field(default_factory=dict)
     untouched: tuple[str, ...] = ()
     gains: tuple[Gain, ...] = ()
+    gauges: tuple[Gauge, ...] = ()
     program: Any = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> Space:
@@ -207,6 +222,7 @@ class Symmetry:
                 "tied": dict(self.tied),
                 "untouched": list(self.untouched),
                 "gains": [dataclasses.asdict(gain) for gain in self.gains],
+                "gauges": [dataclasses.asdict(gauge) for gauge in self.gauges],
             },
             sort_keys=True,
         )
@@ -244,6 +260,7 @@ class Symmetry:
                     Gain(**{**gain, "consumers": tuple(Consumer(**each) for each in gain["consumers"])})
                     for gain in data.get("gains", ())
                 ),
+                gauges=tuple(Gauge(**gauge) for gauge in data.get("gauges", ())),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SymmetryError(

@@ -39,7 +39,7 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
     tracing = execute(program, RULES, is_pointwise)
     gains = settle(tracing, program)
     solution = solve(tracing)
-    spaces, names = describe_spaces(tracing, solution, list(shapes), gains)
+    spaces, gauges, names = describe_spaces(tracing, solution, list(shapes), gains)
     tied = tied_names(model)
     read = set(tracing.parameters) | {alias for alias, name in tied.items() if name in tracing.parameters}
     return Symmetry(
@@ -49,5 +49,6 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
         tied=tied,
         untouched=tuple(name for name in shapes if name not in read and state[name].is_floating_point()),
         gains=tuple(gains),
+        gauges=tuple(gauges),
         program=describe_graph(tracing, solution, program, names),
     )

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from isthmus.errors import InputError, SymmetryError
 from isthmus.gains import fold_state, foldable
+from isthmus.gauges import random_factors, rescaled
 from isthmus.groups import SPREAD, random_element
 from isthmus.symmetry import Group, Space, Symmetry
 from isthmus.trace.capture import share_structure
@@ -73,7 +74,8 @@ def verify(
 
     Every trial draws permutations of all spaces, uniformly. If the claim is wrong, those that do keep the function are
     a proper subgroup, which holds half of them at most: a wrong symmetry passes with probability 2^-trials or less.
-    Where a space allows more, the trial draws elements of all spaces' groups too: rotations uniformly, invertible maps
+    Units that are free in sign or scale (`Symmetry.gauges`) take random factors, all at once. Where a space allows
+    more than permutations, the trial draws elements of all spaces' groups too: rotations uniformly, invertible maps
     with a condition number of two at most. Of these a proper subgroup holds almost none. Gains that can be folded are
     folded first, so that the folding is proved too.
 
@@ -116,6 +118,15 @@ def verify(
                 raise SymmetryError(
                     f"a transform of {culprit(sample, symmetry, transforms, allowed)} changes the outputs by "
                     f"{error:.1e} (rounding explains {allowed:.1e}): this symmetry is wrong, do not use it"
+                )
+        if symmetry.gauges:
+            error = sample.change(rescaled(sample.state, symmetry, random_factors(symmetry, rng)))
+            worst = max(worst, error)
+            allowed = tolerance if error <= tolerance else tolerance * max(1.0, sample.sensitivity(rng))
+            if not error <= allowed:
+                raise SymmetryError(
+                    f"factors of the units of {', '.join(gauge.space for gauge in symmetry.gauges)} change the outputs "
+                    f"by {error:.1e} (rounding explains {allowed:.1e}): these gauges are wrong, do not use them"
                 )
     threshold = CONTROL_FACTOR * tolerance
     changes = control(network, symmetry, (inputs, dict(kwargs or {})), rng, threshold) if controls else {}

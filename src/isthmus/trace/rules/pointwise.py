@@ -7,7 +7,18 @@ from typing import Any
 from torch import fx
 
 from isthmus.trace.execute import GainUse, Rule, Tracing, values_in
-from isthmus.trace.labels import FIXING_ONES_LEVEL, Units, Value, compress, lift, merge, one_to_one, support
+from isthmus.trace.labels import (
+    FIXING_ONES_LEVEL,
+    SCALE,
+    SIGN,
+    Units,
+    Value,
+    compress,
+    lift,
+    merge,
+    one_to_one,
+    support,
+)
 
 # Evidence levels: 0 says that only linear maps were seen, 3 that a unit is used as a single number.
 PERMUTATION_LEVEL = 3
@@ -20,10 +31,17 @@ MULTIPLICATIONS = {"aten.mul", "aten.mul_"}
 LINEAR = {"aten.neg", "aten.neg_", "aten.positive", "aten.clone", "aten.alias", "aten._to_copy", "aten.to"}
 
 
-def limit_value(units: Units, value: Value, level: int) -> None:
-    """Records evidence against richer groups for all units of a value."""
+# Odd functions hand on a sign; functions of degree one a positive factor.
+FACTORS = {
+    **dict.fromkeys(("aten.tanh", "aten.sin", "aten.sinh", "aten.asinh", "aten.atan", "aten.erf"), SIGN),
+    **dict.fromkeys(("aten.relu", "aten.leaky_relu", "aten.abs"), SCALE),
+}
+
+
+def limit_value(units: Units, value: Value, level: int, factors: int = 0) -> None:
+    """Records evidence against richer groups, and all factors but `factors`, for all units of a value."""
     for layer in value.layers:
-        units.limit(layer.ravel(), level)
+        units.limit(layer.ravel(), level, factors)
 
 
 def pointwise(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
@@ -45,12 +63,13 @@ def pointwise(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
         use = gain_use(tracing, node, operands, out) if name in MULTIPLICATIONS and len(operands) == 2 else None
         if use is not None:
             tracing.gain_uses.append(use)
+            limit_value(tracing.units, out, 0)  # what holds the factors is no vector
         else:
             limit_product(tracing.units, operands, len(out.shape))
         if name.startswith("aten.div") and len(operands) > 1:
             limit_value(tracing.units, operands[1], PERMUTATION_LEVEL)
     elif name not in LINEAR:
-        limit_value(tracing.units, out, PERMUTATION_LEVEL)
+        limit_value(tracing.units, out, PERMUTATION_LEVEL, FACTORS.get(name.removesuffix("_"), 0))
         tracing.nonlinear += [x.name for x in node.args if isinstance(x, fx.Node)]
     return out
 
@@ -124,7 +143,8 @@ def prelu(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
         shape[1] = a.weight.shape[0]
     layers = tuple(layer.reshape(shape) for layer in a.weight.layers)
     out = merge(tracing.units, [x, Value(tuple(shape), layers)])
-    limit_value(tracing.units, out, PERMUTATION_LEVEL)
+    # A slope of each unit's own would be taken for a number that moves with the unit.
+    limit_value(tracing.units, out, PERMUTATION_LEVEL, 0 if layers else SCALE)
     tracing.nonlinear += [x.name for x in node.args[:1] if isinstance(x, fx.Node)]
     return out
 
