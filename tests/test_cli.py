@@ -180,6 +180,76 @@ def test_connect_draws_the_path(files, tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == {"report.json", "curve.svg", "curve.png"}
 
 
+ROWS = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, post):
+        super().__init__()
+        self.post, self.norm, self.up, self.down = post, nn.LayerNorm(12), nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x):
+        if self.post:
+            return self.norm(x + self.down(torch.relu(self.up(x))))
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+class Rows(nn.Module):
+    sample_shape = (1, 8, 8)
+
+    def __init__(self, post=False):
+        super().__init__()
+        self.stem, self.block, self.norm, self.head = nn.Linear(8, 12), Block(post), nn.LayerNorm(12), nn.Linear(12, 10)
+        for norm in (self.block.norm, self.norm):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+
+    def forward(self, x):
+        return self.head(self.norm(self.block(self.stem(x.squeeze(1)))).mean(1))
+"""
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """A folder with a pre-norm network of a module of its own, and two checkpoints of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows_of_pixels.py").write_text(ROWS)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        save_file(load_model("rows_of_pixels:Rows").state_dict(), tmp_path / f"{'ab'[seed]}.safetensors")
+    return tmp_path
+
+
+def test_one_command_merges_by_rotations(rows, capsys):
+    arguments = ["a.safetensors", "b.safetensors", "--model", "rows_of_pixels:Rows", "--method", "orthogonal_matching"]
+    code, _, error = run(capsys, "merge", *arguments, "--data", "digits", "-o", rows / "run")
+    assert (code, error) == (0, "")
+    report = json.loads((rows / "run" / "report.json").read_text())
+    assert report["method"]["folded"]
+    assert report["scores"]["aligned"] is not None
+    assert report["curves"][0]["aligned"]["losses"][0] == pytest.approx(report["curves"][0]["naive"]["losses"][0])
+    assert report["curves"][0]["aligned"]["losses"][-1] == pytest.approx(report["curves"][0]["naive"]["losses"][-1])
+    merged = load_file(rows / "run" / "model.safetensors")
+    assert bool((merged["norm.weight"] == 1).all())
+    code, _, error = run(capsys, "align", *arguments, "--data", "digits", "-o", rows / "moved")
+    assert (code, error) == (0, "")
+    x = torch.rand(3, 1, 8, 8)
+    for name in "ab":
+        before, after = load_model("rows_of_pixels:Rows").eval(), load_model("rows_of_pixels:Rows").eval()
+        before.load_state_dict(load_file(rows / f"{name}.safetensors"))
+        after.load_state_dict(load_file(rows / "moved" / f"{name}.safetensors"))
+        torch.testing.assert_close(after(x), before(x), rtol=1e-4, atol=1e-5)
+
+
+def test_inspect_says_why_a_stream_is_only_permuted(rows, capsys):
+    code, printed, _ = run(capsys, "inspect", "rows_of_pixels:Rows")
+    assert code == 0
+    assert "12 units, orthogonal fixing ones" in printed
+    assert "cannot be folded" not in printed
+    code, printed, _ = run(capsys, "inspect", "rows_of_pixels:Rows?post=true")
+    assert code == 0
+    assert "cannot be folded: aten.layer_norm" in " ".join(printed.split())
+
+
 def test_inspect_shows_spaces_and_proof(capsys):
     code, printed, _ = run(capsys, "inspect", ARCHITECTURE)
     assert code == 0

@@ -56,6 +56,7 @@ def describe_alignment(recipe: Recipe, alignment: Alignment) -> dict[str, Any]:
         "converged": alignment.converged,
         "seconds": alignment.seconds,
         "details": dict(alignment.details),
+        "folded": alignment.folded,
     }
 
 
@@ -96,6 +97,7 @@ def describe_symmetry(symmetry: Symmetry, alignment: Alignment | None = None) ->
         ],
         "frozen": [vars(item) for item in symmetry.frozen],
         "untouched": list(symmetry.untouched),
+        "gains": [{"parameter": gain.parameter, "obstacle": gain.obstacle} for gain in symmetry.gains],
     }
 
 

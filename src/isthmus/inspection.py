@@ -25,7 +25,10 @@ def space_tree(symmetry: Mapping[str, Any]) -> Tree:
 
 
 def frozen_tree(symmetry: Mapping[str, Any]) -> Tree:
-    """Everything that cannot move: by operation and reason, then by module, every axis; unexpected ones first."""
+    """Everything that cannot move: by operation and reason, then by module, every axis; unexpected ones first.
+
+    Last come the gains that cannot be folded, whose spaces allow permutations only.
+    """
     root = Tree("frozen" if symmetry["frozen"] else "nothing is frozen")
     rows: dict[tuple[bool, str, str], dict[str, list[Mapping[str, Any]]]] = {}
     for item in symmetry["frozen"]:
@@ -38,6 +41,12 @@ def frozen_tree(symmetry: Mapping[str, Any]) -> Tree:
         for module, items in modules.items():
             axes = ", ".join(f"{item['parameter']} [{item['dim'].replace(',', ', ')}]" for item in items)
             branch.add(Text(f"in {module or 'the model'}: {axes}", style="dim"))
+    kept: dict[str, list[str]] = {}
+    for gain in symmetry["gains"]:
+        if gain["obstacle"]:
+            kept.setdefault(gain["obstacle"], []).append(gain["parameter"])
+    for obstacle, names in kept.items():
+        root.add(Text(f"permutations only: a gain cannot be folded: {obstacle}")).add(Text(", ".join(names), "dim"))
     return root
 
 

@@ -32,6 +32,7 @@ from isthmus.facts import (
     spoken,
     verdict,
 )
+from isthmus.groups import keeps_function
 from isthmus.inputs import Inputs, load_inputs
 from isthmus.match import METHODS, Match, align
 from isthmus.merge import merge
@@ -153,9 +154,10 @@ def run_align(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
             "aligned": names,
         }
         report["seconds"] = time.perf_counter() - start
-        report["verdict"] = (
-            f"{len(names)} models aligned by {spoken(recipe.align.method)}; each computes the function it had before."
-        )
+        kept = "each computes the function it had before."
+        if not keeps_function(alignment):
+            kept = "its linear maps do not commute with nonlinearities, so they do not compute what they did before."
+        report["verdict"] = f"{len(names)} models aligned by {spoken(recipe.align.method)}; {kept}"
         write_run(folder, recipe, report)
     return report
 
@@ -222,7 +224,7 @@ def measure(
             naive, inputs.calibration, recipe.repair, parents=inputs.models, coefficients=recipe.coefficients
         )
         scores["naive_mended"] = describe_score(evaluate(naive, test))
-    if len(inputs.models) > MOST_MODELS_WALKED or not alignment.is_exact:
+    if len(inputs.models) > MOST_MODELS_WALKED or not keeps_function(alignment):
         return scores, None, None
     if len(inputs.models) == 3:
         moved = [apply(alignment, model, index) for index, model in enumerate(inputs.models)]

@@ -405,7 +405,8 @@ def carried(states: Sequence[State], alignment: Alignment | None) -> list[State]
         raise InputError(f"an alignment of {len(alignment)} models: give one of the two models that are compared")
     if alignment.symmetries:
         raise InputError("models of several widths: singular directions are compared between matrices of one size")
-    pairs = zip(states, alignment.transforms, strict=True)
+    prepared = [alignment.prepared(state, index) for index, state in enumerate(states)]
+    pairs = zip(prepared, alignment.transforms, strict=True)
     return [move_state(state, transforms, alignment.symmetry, reset_variances=True) for state, transforms in pairs]
 
 

@@ -9,8 +9,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from isthmus.errors import DataError, InputError, SymmetryError
+from isthmus.fold import fold_norm_gains
+from isthmus.gains import has_diagonal_sites
 from isthmus.match import METHODS
-from isthmus.match.base import Match, Problem
+from isthmus.match.base import Match, Problem, folds
 from isthmus.match.families import family_of, roots_of
 from isthmus.members import as_own_modules
 from isthmus.merge import upcast, variances_met
@@ -70,6 +72,8 @@ def partial_zip(
     shared = shared_tensors(symmetries, names)
     cuts = cut_all(symmetries, shared)
     trunks = [restrict(symmetry, names, shared, cut) for symmetry, cut in zip(symmetries, cuts, strict=True)]
+    if folds(configured) and any(has_diagonal_sites(trunk) for trunk in trunks):
+        modules = [fold_norm_gains(model, symmetry) for model, symmetry in zip(modules, symmetries, strict=True)]
     alignment = configured(Problem(modules, trunks[0], data, seed, trunks))
     merged, undefined = merge_trunk(modules, trunks, alignment)
     parts = [
