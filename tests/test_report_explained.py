@@ -1,4 +1,4 @@
-"""The sections of a page that tell why a merge worked: what stands there, that it is harmless, and that it works.
+"""The sections of a page on an explained merge: what stands there, that it is harmless, and that it works.
 
 `example()` returns the report and the pictures of a run as `isthmus explain` leaves them; `write_example(folder)` makes
 their page.
@@ -25,7 +25,7 @@ from isthmus.report.gallery import DATA_URI, show
 from isthmus.report.heatmap import draw_heatmap
 from test_report import CHROMIUM, HOSTILE, REPORT, check, contrast, poisoned
 
-EXPLAINED = ["why", "layers", "directions", "alike", "units"]
+EXPLAINED = ["claims", "layers", "directions", "alike", "units"]
 THRESHOLDS = [index / 10 for index in range(10)]
 LAYERS = ("features.0", "features.4", "features.8", "features.11", "features.15", "features.18", "classifier.0", "neck")
 
@@ -97,7 +97,7 @@ def space_of(rng: np.random.Generator, name: str, depth: int, units: int, models
         "variance_ratio": {"naive": 0.45 / (1 + 0.3 * depth), "aligned": 0.9 / (1 + 0.1 * depth), "mended": 0.99},
         "cross_activation": {"merged": [0.93 for _ in models], "naive": [0.6 for _ in models]},
         "per_unit": {
-            "matched": other[0] if len(models) == 2 else other,
+            "sources": [list(range(units)), *other],
             "label": labels,
             "r_matched": matched,
             "r_models": r_models,
@@ -294,7 +294,7 @@ def test_sections_follow_the_path(made, page):
         "48.80 before matching, 40.80 after",
         "1.70 by the second-order Taylor estimate, 1.39 measured",
         "0.001 before matching, 0.073 after",
-        "share of the input along its top directions 59 %, by chance 10 %",
+        "share of the input along its top directions 59 %, by chance 10 %: 5.9 times as much",
         "it is a vector, not a matrix",
         "between layers of the same name",
         "image made to exite it".replace("exite", "excite"),
@@ -405,7 +405,7 @@ def test_sections_without_facts_are_left_out(made, page):
     report, features = made
     bare = with_explain(report, spaces=None, spectra=None, taylor=None, cka=None, claims=None, questions=None)
     names = [section["id"] for section in check(page(bare)).all("section")]
-    assert [name for name in names if name in EXPLAINED] == ["why"]
+    assert [name for name in names if name in EXPLAINED] == ["claims"]
     text = page(report)
     assert "<img" not in text
     assert "r with A" in text
@@ -603,7 +603,7 @@ def test_thinned_lines_keep_their_ends():
 
 def test_heatmap_draws_every_cell_once():
     values = [[0.0, 0.5, 1.0], [None, -0.2, 1.7]]
-    picture = draw_heatmap(["a", "b"], ["x", "y", "z"], values, ("A", "B"), "words")
+    picture = draw_heatmap(["a", "b"], ["x", "y", "z"], values, ("A", "B"), "words").field
     levels = {
         float(level): path.count("M") for level, path in re.findall(r'fill-opacity="([^"]+)" d="([^"]+)"', picture)
     }
