@@ -40,8 +40,11 @@ def draw_correlations(spaces: Sequence[Space], models: Sequence[str]) -> Drawing
     return _lines(spaces, series, "correlation", "Correlation over depth, median over the units of each space", None)
 
 
-def draw_variances(spaces: Sequence[Space]) -> Drawing | None:
-    """Variance of merged units over that of their parents'; at 1 nothing collapsed."""
+def draw_variances(spaces: Sequence[Space], *, repaired: bool = True) -> Drawing | None:
+    """Variance of merged units over that of their parents'; at 1 nothing collapsed.
+
+    What was neither repaired nor averaged in another way than the aligned average is not drawn a second time.
+    """
 
     def of(key: str) -> list[float | None]:
         return [finite(part(space, "variance_ratio").get(key)) for space in spaces]
@@ -49,8 +52,11 @@ def draw_variances(spaces: Sequence[Space]) -> Drawing | None:
     series = [
         Series("averaged without alignment", "naive", "square", of("naive")),
         Series("aligned", "aligned", "circle", of("aligned")),
-        Series("aligned and mended", "mended", "diamond", of("mended")),
     ]
+    aligned, merged = of("aligned"), of("mended")
+    pairs = zip(aligned, merged, strict=True)
+    if repaired or not all(a is not None and b is not None and math.isclose(a, b, rel_tol=1e-4) for a, b in pairs):
+        series.append(Series("aligned and mended" if repaired else "merged", "mended", "diamond", merged))
     return _lines(spaces, series, "variance ratio", "Variance of merged units over that of their parents'", 1.0)
 
 

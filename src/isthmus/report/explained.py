@@ -119,17 +119,36 @@ def layers(report: Report) -> dict[str, Any] | None:
     charts = [
         ("Correlation", "Median over the units of each space.", depth.draw_correlations(drawn, models)),
         ("What became of the units", _kept(found), depth.draw_labels(drawn, models)),
-        ("Variance", "Merged units over their parents’: at 1 nothing collapsed.", depth.draw_variances(drawn)),
+        (
+            "Variance",
+            "Merged units over their parents’: at 1 nothing collapsed.",
+            depth.draw_variances(drawn, repaired=report.get("repair") is not None),
+        ),
     ]
     return {
         "charts": [each for each in charts if each[2] is not None],
         "narrow": all(each[2] is None or each[2].width <= IN_A_ROW for each in charts),
         "skipped": list((found.get("skipped") or {}).items())[:MOST_SPACES],
+        **_matches_alone(report, found),
         "not_drawn": len(spaces) - len(drawn),
         "groups": _groups(spaces, models),
         "spaces": spaces[:MOST_SPACES],
         "left_out": max(0, len(spaces) - MOST_SPACES),
     }
+
+
+def _matches_alone(report: Report, found: Report) -> dict[str, Any]:
+    """The match matrices of all spaces, unless the section on singular directions shows each with its layer."""
+    alone = {} if _has_directions(found) else pictures_of_match(report)
+    return {
+        "matches": list(alone.items()),
+        "refused": refused(picture for pair in alone.values() for picture in pair),
+    }
+
+
+def _has_directions(found: Report) -> bool:
+    """Whether anything was measured about singular directions or barriers."""
+    return bool((found.get("spectra") or {}).get("layers") or found.get("taylor") or found.get("barriers"))
 
 
 def _kept(found: Report) -> str:
@@ -204,7 +223,7 @@ def directions(report: Report) -> dict[str, Any] | None:
     spectrum, taylor = found.get("spectra") or {}, found.get("taylor") or {}
     matches = pictures_of_match(report)
     rows = [layer for layer in spectrum.get("layers") or [] if layer]
-    if not rows and not matches and not taylor and not found.get("barriers"):
+    if not _has_directions(found):
         return None
     models = letters(report)
     thresholds = [value for value in map(figures.finite, spectrum.get("thresholds") or []) if value is not None]
@@ -292,7 +311,7 @@ def _layer_groups(rows: Sequence[Report], thresholds: Sequence[float]) -> list[G
         if index is not None:
             columns = [Column("before", entry("r_before", index), 3), Column("after", entry("r_after", index), 3)]
             groups.append(Group(f"R at γ = {wanted:g}", columns))
-    groups.append(Group("Alignment with value", [Column("Spearman", field("rank_correlation"))]))
+    groups.append(Group("Alignment", [Column("Spearman", field("rank_correlation"))]))
     fed = [Column("found", field("input_share"), 3), Column("chance", field("input_chance"), 3)]
     groups.append(Group("Share of the input", [*fed, Column("times", _ratio, 1)]))
     return _filled(groups, rows)

@@ -13,7 +13,7 @@ LARGEST = 150  # layers on a side
 SCALE = 1.1  # pixels for a unit of the drawing, so that letters are as large as beside other charts
 ROOM = 944.0  # pixels of a row of the page
 BETWEEN = 32.0  # pixels between two maps
-WIDEST, LEAST, FINEST = 24.0, 11.0, 6.0  # units of a cell: at most, with a name beside each, and in large tables
+WIDEST, LEAST, FINEST = 40.0, 11.0, 6.0  # units of a cell: at most, with a name beside each, and in large tables
 EDGE = 8.0  # units to the right of a map, for the last name
 
 
