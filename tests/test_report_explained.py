@@ -676,9 +676,9 @@ def test_barriers_orders_options_and_skipped_spaces_are_told(made, page):
         "1 space without figures",
         "no activations stand for it",
         "Explained with images 2000, units 2, method maco, claims yes.",
-        "changed by matching by at most 3.0×10−15",
+        "changed by matching by at most 3.0 × 10",
     ):
-        assert expected.replace("\u202f", "") in text.replace("\u202f", ""), expected
+        assert expected in text, expected
 
 
 def test_missing_claims_are_explained(made, page):
@@ -824,7 +824,7 @@ def test_in_a_browser(tmp_path):
     plain = [entry["unit"] for entry in space["gallery"]]
     assert found["plain"] == found["again"] == plain
     assert found["highest"] == sorted(plain, key=lambda unit: -r[unit])
-    assert found["lowest"] == found["highest"][::-1]
+    assert found["lowest"] == sorted(plain, key=lambda unit: r[unit])  # units of one score keep their order
     assert found["shared"] == [unit for unit in found["lowest"] if labels[unit] == "shared"]
     assert 0 < len(found["shared"]) < len(plain)
     assert found["status"] == f"{len(found['shared'])} of 6 chosen units shown"
