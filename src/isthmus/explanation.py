@@ -293,7 +293,9 @@ def judge(run: Run, spectra: Spectra, scored: Batches) -> dict[str, Any]:
     alignments = {"naive": align(models, run.symmetry, "identity")}
     for name, way in progress(list(ways.items()), "matching in other ways"):
         own = run.alignment.method == name and not recipe.align.options and name != "ste"
-        alignments[name] = run.alignment if own else align(models, run.symmetry, way, calibration, recipe.seed)
+        alignments[name] = (
+            run.alignment if own else align(models, run.symmetry, way, divided(calibration), recipe.seed)
+        )
     barriers, measured = {}, {}
     for name, alignment in progress(list(alignments.items()), "measuring barriers"):
         moved = [apply(alignment, model, index) for index, model in enumerate(models)]
@@ -324,6 +326,12 @@ def judge(run: Run, spectra: Spectra, scored: Batches) -> dict[str, Any]:
         "barriers": barriers,
         "claims": [claim.to_dict() for claim in claims],
     }
+
+
+def divided(batches: Batches) -> Batches:
+    """The same samples in two batches at least: the straight-through estimator holds whole batches out."""
+    size = max(1, min(batches.batch_size, len(batches.indices) // 2))
+    return Batches(batches.x, batches.y, size, mean=batches.mean, std=batches.std, indices=batches.indices)
 
 
 def describe_spectra(spectra: Spectra) -> dict[str, Any]:
