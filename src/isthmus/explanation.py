@@ -4,7 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -193,7 +193,13 @@ def load_run(folder: Path) -> Run:
     example = tuple(x.float() if x.is_floating_point() else x for x in inputs.example)
     symmetry = trace(inputs.models[0], *example)
     alignment = Alignment.load(folder / "alignment.safetensors", symmetry)
-    merged = load_module(folder / "model.safetensors", with_biases(inputs.models[0], report.get("gained_biases") or []))
+    biases = report.get("gained_biases") or []
+    if biases:
+        # Networks are compared as one architecture: the parents gain the merged one's biases, of zeros.
+        inputs.models = [with_biases(model, biases) for model in inputs.models]
+        symmetry = trace(inputs.models[0], *example)
+        alignment = replace(alignment, symmetry=symmetry)
+    merged = load_module(folder / "model.safetensors", inputs.models[0])
     plain = merge(inputs.models, None, "mean", recipe.coefficients)
     framed = merge(inputs.models, alignment, configure("average", "mean", AVERAGES), recipe.coefficients)
     still = align(inputs.models, symmetry, "identity")
@@ -293,9 +299,7 @@ def judge(run: Run, spectra: Spectra, scored: Batches) -> dict[str, Any]:
     alignments = {"naive": align(models, run.symmetry, "identity")}
     for name, way in progress(list(ways.items()), "matching in other ways"):
         own = run.alignment.method == name and not recipe.align.options and name != "ste"
-        alignments[name] = (
-            run.alignment if own else align(models, run.symmetry, way, divided(calibration), recipe.seed)
-        )
+        alignments[name] = run.alignment if own else align(models, run.symmetry, way, divided(calibration), recipe.seed)
     barriers, measured = {}, {}
     for name, alignment in progress(list(alignments.items()), "measuring barriers"):
         moved = [apply(alignment, model, index) for index, model in enumerate(models)]
