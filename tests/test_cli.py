@@ -275,6 +275,61 @@ def test_train_then_merge_with_an_external_factory(tmp_path, capsys, monkeypatch
     assert "proved" in printed
 
 
+LITTLE = ["--no-claims", "--units", "1", "--spaces", "1", "--steps", "1", "--images", "60"]
+
+
+def test_explain_adds_to_a_run_folder(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(capsys, *merge(files, "--data", "digits", "--samples", "200", "-o", out))[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, printed, error = run(capsys, "explain", out, *LITTLE)
+    assert (code, error) == (0, "")
+    for expected in ("60 images of digits (test split)", "features.4", "shared", "Matching, not averaging alone"):
+        assert expected in printed
+    assert {path.name for path in out.iterdir()} == {*before, "features.json"}
+    report = json.loads((out / "report.json").read_text())
+    assert report["explain"]["options"] == {
+        "images": 60, "units": 1, "spaces": 1, "method": "fourier", "steps": 1, "claims": False,
+    }  # fmt: skip
+    assert report["explain"]["claims"] == []
+    assert "were left out (--no-claims)" in (out / "report.html").read_text()
+    # The other way to print it; and what cannot be done leaves the folder as it is.
+    code, printed, error = run(capsys, "explain", out, *LITTLE, "--json")
+    assert (code, error) == (0, "")
+    assert json.loads(printed)["explain"]["data"]["images"] == 60
+    kept = {path.name: path.read_bytes() for path in out.iterdir()}
+    for more, told in (
+        (["--pictures", "macco"], "did you mean 'maco'"),
+        (["--images", "10"], "images 10"),
+        (["--unit", "2"], "did you mean '--units'"),
+    ):
+        code, printed, error = run(capsys, "explain", out, *more)
+        assert (code, printed) == (2, "")
+        assert told in error
+        assert error.count("\n") == 1
+    (out / "alignment.safetensors").write_bytes(kept["alignment.safetensors"][:100])
+    code, printed, error = run(capsys, "explain", out)
+    assert (code, printed, error.count("\n")) == (2, "", 1)
+    assert "alignment.safetensors" in error
+    kept["alignment.safetensors"] = kept["alignment.safetensors"][:100]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == kept
+
+
+def test_explain_refuses_what_is_no_explainable_run(files, tmp_path, capsys):
+    copied = tmp_path / "a.safetensors"
+    copied.write_bytes((files / "a.safetensors").read_bytes())
+    plain = ["merge", copied, files / "b.safetensors", "--model", ARCHITECTURE, "--no-verify"]
+    assert run(capsys, *plain, "-o", tmp_path / "bare")[0] == 0
+    assert run(capsys, *plain, "--data", "digits", "--samples", "100", "-o", tmp_path / "run")[0] == 0
+    copied.write_bytes((files / "c.safetensors").read_bytes())
+    for folder, told in (("none", "report.json"), ("bare", "without data"), ("run", "has changed")):
+        before = sorted((tmp_path / folder).glob("*"))
+        code, printed, error = run(capsys, "explain", tmp_path / folder)
+        assert (code, printed, error.count("\n")) == (2, "", 1)
+        assert told in error
+        assert sorted((tmp_path / folder).glob("*")) == before
+
+
 REFUSED = {
     "other architecture": (["merge", "{a}", "{mlp}", "--model", ARCHITECTURE], "mlp.safetensors"),
     "missing key": (["merge", "{a}", "{missing}", "--model", ARCHITECTURE], "head.bias"),
@@ -363,4 +418,13 @@ def test_demo_tells_the_whole_story(tmp_path, capsys, monkeypatch):
     assert report["scores"]["naive"]["accuracy"] < 0.5  # averaging fails
     assert report["scores"]["merged"]["accuracy"] > min(parents) - 0.05  # aligned and mended, it works
     assert report["curves"][0]["aligned"]["barrier"] < report["curves"][0]["naive"]["barrier"] / 2
+    told = report["explain"]
+    assert len(told["claims"]) == len(told["questions"]) == 5
+    # Deeper than the first space, matching keeps what averaging alone loses.
+    for space in told["spaces"][1:]:
+        assert min(space["correlation"]["merged"]) > max(space["correlation"]["naive"]) + 0.1
+        assert space["labels"]["lost"] < space["naive_labels"]["lost"]
+    page = (tmp_path / "runs" / "demo" / "report.html").read_text()
+    assert "What excites a unit" in page
+    assert page.count("<img") > 50
     assert "report.html" in printed

@@ -148,7 +148,9 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
             if pair and wishes.claims and spectra is not None
             else {"taylor": None, "claims": []}
         ),
-        "questions": [claim.to_dict() for claim in answer_questions(units.spaces, ratios)],
+        "questions": [
+            claim.to_dict() for claim in answer_questions(units.spaces, ratios, repaired=bool(run.report.get("repair")))
+        ],
         "cka": compare_layers(run, scored),
         "options": asdict(wishes),
     }
@@ -420,7 +422,6 @@ def describe_space(own: SpaceUnits, ratios: Mapping[str, float | None], gallery:
         "cross_activation": crossed,
         "per_unit": {
             "sources": own.sources.tolist(),
-            "matched": own.sources[1].tolist() if len(own.sources) > 1 else [],
             "label": list(own.labels),
             "r_matched": own.matched.tolist(),
             "r_models": own.merged.tolist(),

@@ -47,7 +47,13 @@ def load_inputs(recipe: Recipe) -> Inputs:
         InputError: A file is not the one that the recipe's hash names.
         ModelError: The model cannot be built, or a checkpoint is not of its architecture.
     """
-    torch.manual_seed(recipe.seed)
+    with torch.random.fork_rng([]):  # the caller's random state stays as it is
+        torch.manual_seed(recipe.seed)
+        return read_inputs(recipe)
+
+
+def read_inputs(recipe: Recipe) -> Inputs:
+    """As `load_inputs`, drawing from the global random state."""
     architecture = load_model(recipe.architecture).eval()
     states = []
     for member in recipe.models:

@@ -42,7 +42,7 @@ def frozen_tree(symmetry: Mapping[str, Any]) -> Tree:
             axes = ", ".join(f"{item['parameter']} [{item['dim'].replace(',', ', ')}]" for item in items)
             branch.add(Text(f"in {module or 'the model'}: {axes}", style="dim"))
     kept: dict[str, list[str]] = {}
-    for gain in symmetry["gains"]:
+    for gain in symmetry.get("gains", ()):
         if gain["obstacle"]:
             kept.setdefault(gain["obstacle"], []).append(gain["parameter"])
     for obstacle, names in kept.items():
