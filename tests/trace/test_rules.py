@@ -125,6 +125,7 @@ def test_positions_stay_and_units_move(pool):
         lambda x: torch.cat([part.tanh() for part in (x,)], 1),
         lambda x: torch.stack(x.unbind(2), 2),
         lambda x: torch.einsum("nuv->nvu", x),
+        lambda x: x.topk(3, 1).values,
         lambda x: torch.einsum("nuv,nuv->nu", x, x),
         lambda x: x.to(torch.float64).to(torch.float32).type_as(x),
         lambda x: F.dropout(x, 0.5, training=False),
@@ -139,8 +140,8 @@ def test_six_units_stay_exchangeable(function):
 @pytest.mark.parametrize(
     ("function", "spaces"),
     [
-        (lambda x: x[:, :4], [(1, 2), (1, 4)]),  # what is cut off may move too
-        (lambda x: x[:, ::2], [(1, 3), (1, 3)]),
+        (lambda x: x[:, :4], [(1, 4)]),  # what is cut off here might be read on inputs of another shape
+        (lambda x: x[:, ::2], [(1, 3)]),
         (lambda x: torch.cat([x[:, :2].relu(), x[:, 2:].tanh()], 1), [(1, 2), (1, 4)]),
         (lambda x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1].sigmoid(), [(1, 3)]),
         (lambda x: F.glu(x, 1), [(1, 3)]),
@@ -164,9 +165,7 @@ def test_units_that_are_told_apart_fall_into_spaces(function, spaces):
 @pytest.mark.parametrize(
     ("function", "operation"),
     [
-        (lambda x: x.cumsum(1), "aten.cumsum"),
         (lambda x: x.sort(1).values, "aten.sort"),
-        (lambda x: x.topk(3, 1).values, "aten.topk"),
         (lambda x: torch.fft.fft(x, dim=1).abs(), "aten.fft_fft"),
         (lambda x: x.median(1).values, "aten.median"),
         (lambda x: torch.einsum("nup,nvp,nwp->nuvw", x, x, x), "aten.einsum"),
@@ -190,6 +189,7 @@ def test_what_has_no_rule_freezes_its_units_and_is_named(function, operation):
         lambda x: x.index_select(1, torch.arange(6)) * torch.linspace(0, 1, 6).view(6, 1),
         lambda x: F.avg_pool1d(x.transpose(1, 2), 2),
         lambda x: F.local_response_norm(x, 3),
+        lambda x: x.cumsum(1),
         lambda x: F.conv1d(x.transpose(1, 2), torch.ones(1, 1, 3)),
     ],
 )
@@ -201,7 +201,7 @@ def test_units_that_have_their_own_place_are_fixed(function):
 def test_units_that_count_twice_at_one_place_and_once_at_another_are_fixed():
     """Of two sums one holds the first unit twice and the other the second; four units are read nowhere."""
     function = lambda x: x[:, torch.tensor([0, 0, 1, 1, 1, 0])].view(-1, 2, 3).sum(2)  # noqa: E731
-    assert found(function) == ([(1, 4)], {"aten.sum"})
+    assert found(function) == ([], {"aten.sum"})
 
 
 def test_a_random_mask_fixes_what_it_touches():

@@ -11,7 +11,7 @@ from isthmus.trace.absorption import settle
 from isthmus.trace.capture import capture, state_tensors, tied_names
 from isthmus.trace.execute import execute
 from isthmus.trace.proof import Proof, verify
-from isthmus.trace.rules import RULES, is_pointwise
+from isthmus.trace.rules import RULES
 from isthmus.trace.spaces import describe_frozen, describe_graph, describe_spaces, solve
 
 __all__ = ["Proof", "trace", "verify"]
@@ -36,19 +36,19 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
     state = state_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     program = capture(model, inputs, kwargs)
-    tracing = execute(program, RULES, is_pointwise)
+    tracing = execute(program, RULES)
     gains = settle(tracing, program)
-    solution = solve(tracing)
-    spaces, gauges, names = describe_spaces(tracing, solution, list(shapes), gains)
+    places = solve(tracing)
+    spaces, gauges, names = describe_spaces(tracing, places, list(shapes), gains)
     tied = tied_names(model)
     read = set(tracing.parameters) | {alias for alias, name in tied.items() if name in tracing.parameters}
     return Symmetry(
         spaces=tuple(spaces),
-        frozen=tuple(describe_frozen(tracing, solution)),
+        frozen=tuple(describe_frozen(tracing, places)),
         shapes=shapes,
         tied=tied,
         untouched=tuple(name for name in shapes if name not in read and state[name].is_floating_point()),
         gains=tuple(gains),
         gauges=tuple(gauges),
-        program=describe_graph(tracing, solution, program, names),
+        program=describe_graph(tracing, places, program, names),
     )

@@ -168,12 +168,16 @@ def export(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     Raises:
         TraceError: `torch.export` cannot capture the module on these inputs.
     """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # else one opaque operation stands for a whole encoder layer
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on how to export, which nobody asked for
             exported = torch.export.export(module, args, dict(kwargs), strict=False)
     except Exception as error:  # torch.export raises many types; all of them mean that the graph cannot be had
         raise TraceError(f"the model cannot be captured: {first_line(error)}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return describe(exported, module, args, kwargs)
 
 

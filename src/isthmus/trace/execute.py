@@ -6,13 +6,25 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx.node import map_aggregate, map_arg
 
 from isthmus.trace.capture import Program, module_path
-from isthmus.trace.labels import Units, Value, as_parameter, constant_value, contains, identifies, rigid_value
+from isthmus.trace.labels import (
+    WILDCARD,
+    Choice,
+    Ids,
+    Units,
+    Value,
+    as_parameter,
+    constant_value,
+    relate_parts,
+    rigid_value,
+)
+from isthmus.trace.stacks import labelled_together
 
 # Constants up to this many elements are computed for real, so that index tensors can be followed.
 LARGEST_CONSTANT = 2**24
@@ -87,6 +99,8 @@ class Tracing:
         gain_uses: Products with one factor a unit.
         squares: Values that are squares, by node: harmless where they are only summed over all units.
         offsets: Nodes that are a parameter plus a number: the parameter, the number and the node's value.
+        slots: Units that number the slots of tensors of chosen indices, by the history and shape of the indices.
+        cut: For nodes that select a part of a value, the units that are in no part of it.
     """
 
     units: Units = field(default_factory=Units)
@@ -98,6 +112,8 @@ class Tracing:
     gain_uses: list[GainUse] = field(default_factory=list)
     squares: dict[str, Value] = field(default_factory=dict)
     offsets: dict[str, tuple[str, float, Value]] = field(default_factory=dict)
+    cut: dict[str, list[Ids]] = field(default_factory=dict)
+    slots: dict[tuple[tuple[str, ...], tuple[int, ...]], Ids] = field(default_factory=dict)
 
     def source_of(self, node: Any) -> str | None:
         """State-dict name of the parameter that a graph argument is, if it is one and not a view of one."""
@@ -110,13 +126,38 @@ class Tracing:
 Rule = Callable[[Tracing, fx.Node, SimpleNamespace], Any]
 
 
-def execute(program: Program, rules: dict[str, Rule], is_pointwise: Callable[[OpOverload], bool]) -> Tracing:
+@dataclass(frozen=True)
+class Rules:
+    """What each operation does to labels.
+
+    Attributes:
+        table: A rule for each operation, by overload packet (`"aten.linear"`); `"pointwise"` serves all such ones.
+        is_pointwise: Whether an operation works element by element.
+        mutate: Gives the result of an operation that works in place to all that it changes.
+        spread: Applies a rule to values that data choose; its last argument says that the rule treats each of the
+            slots by itself.
+        views: The rules that only move elements, or leave them as they are.
+    """
+
+    table: dict[str, Rule]
+    is_pointwise: Callable[[OpOverload], bool]
+    mutate: Callable[[Tracing, fx.Node, Any], None]
+    spread: Callable[[Tracing, fx.Node, SimpleNamespace, Rule, bool], Any]
+    views: frozenset[Rule]
+
+    def rule_for(self, op: OpOverload) -> Rule | None:
+        """The rule of an operation; None where there is none."""
+        name = str(op.overloadpacket)
+        rule = self.table.get(name) or self.table.get(name.removesuffix("_"))
+        return self.table["pointwise"] if rule is None and self.is_pointwise(op) else rule
+
+
+def execute(program: Program, rules: Rules) -> Tracing:
     """Runs every operation of the graph on labels, and fixes what enters or leaves the model.
 
     Args:
         program: The captured graph.
-        rules: A rule for each operation, by overload packet (`"aten.linear"`); `"pointwise"` serves all such ones.
-        is_pointwise: Whether an operation works element by element.
+        rules: What each operation does.
     """
     tracing = Tracing()
     units = tracing.units
@@ -125,17 +166,61 @@ def execute(program: Program, rules: dict[str, Rule], is_pointwise: Callable[[Op
         if node.op == "placeholder":
             tracing.values[node.name] = placeholder(tracing, program, node)
         elif node.op == "call_function":
-            tracing.values[node.name] = call(tracing, node, rules, is_pointwise)
+            tracing.values[node.name] = call(tracing, node, rules)
         elif node.op == "get_attr":
             attribute = getattr(program.exported.graph_module, str(node.target), None)
             tracing.values[node.name] = constant_value(units, attribute) if isinstance(attribute, Tensor) else attribute
         elif node.op == "output":
             for value in values_in(read(tracing, node.args)):
                 freeze_value(units, value, "output of the model")
-        for value in values_in(tracing.values.get(node.name)):
-            for layer in value.layers:
-                units.occur(layer)
+        note(units, tracing.values.get(node.name))
+    units.place = ("", "")
+    for value in tracing.parameters.values():
+        relate_parts(units, value)
+    units.freeze(never_read(tracing, program.graph), "no operation reads it on inputs of this shape")
     return tracing
+
+
+def note(units: Units, item: Any) -> None:
+    """Records that units occur in a node's value; those of all alternatives occur at one place."""
+    if isinstance(item, Choice):
+        kinds = {tuple(layer.shape for layer in value.layers) for value in item.values}
+        for layers in zip(*(value.layers for value in item.values), strict=len(kinds) == 1):
+            units.occur(np.stack(layers))
+    elif isinstance(item, list | tuple):
+        for each in item:
+            note(units, each)
+    elif isinstance(item, Value):
+        for layer in item.layers:
+            units.occur(layer)
+
+
+def never_read(tracing: Tracing, graph: fx.Graph) -> Ids:
+    """Units that are cut off before any operation has read them.
+
+    How much is cut off often follows the inputs' shape (of a table of positions, the rows behind the last position), so
+    that on other inputs something would read these units, and tell them apart.
+    """
+    units = tracing.units
+    if not tracing.cut:
+        return np.empty(0, dtype=np.int64)
+    lost = {name: np.unique(units.find(np.concatenate(ids))) for name, ids in tracing.cut.items()}
+    candidates = np.unique(np.concatenate(list(lost.values())))
+    candidates = candidates[(candidates != WILDCARD) & ~units.is_frozen(candidates)]
+    if not len(candidates):
+        return candidates
+    held: dict[str, Ids] = {}
+    for node in graph.nodes:
+        layers = [layer.ravel() for value in values_in(tracing.values.get(node.name)) for layer in value.layers]
+        found = np.unique(units.find(np.concatenate(layers))) if layers else np.empty(0, dtype=np.int64)
+        held[node.name] = np.intersect1d(candidates, found)
+    read_by_some = [
+        np.setdiff1d(np.setdiff1d(held[source.name], held[node.name]), lost.get(node.name, ()))
+        for node in graph.nodes
+        for source in node.all_input_nodes
+        if len(held[source.name])
+    ]
+    return np.setdiff1d(candidates, np.concatenate([np.empty(0, dtype=np.int64), *read_by_some]))
 
 
 def operation_name(node: fx.Node) -> str:
@@ -153,7 +238,8 @@ def placeholder(tracing: Tracing, program: Program, node: fx.Node) -> Any:
     if node.name in program.parameters:
         name = program.parameters[node.name]
         if name not in tracing.parameters:
-            tracing.parameters[name] = as_parameter(units, name, tuple(node.meta["val"].shape))
+            shape = tuple(node.meta["val"].shape)
+            tracing.parameters[name] = as_parameter(units, name, shape, labelled_together(node, shape))
         return tracing.parameters[name]
     if node.name in program.constants:
         constant = program.constants[node.name]
@@ -167,7 +253,7 @@ def placeholder(tracing: Tracing, program: Program, node: fx.Node) -> Any:
     return value
 
 
-def call(tracing: Tracing, node: fx.Node, rules: dict[str, Rule], is_pointwise: Callable[[OpOverload], bool]) -> Any:
+def call(tracing: Tracing, node: fx.Node, rules: Rules) -> Any:
     """The value of one operation: its rule's, or fixed positions where there is no rule."""
     if node.target is operator.getitem:
         container, index = read(tracing, node.args)
@@ -184,15 +270,35 @@ def call(tracing: Tracing, node: fx.Node, rules: dict[str, Rule], is_pointwise: 
     folded = fold_constant(tracing.units, node, op, arguments)
     if folded is not None:
         return folded
-    rule = rules.get(str(op.overloadpacket)) or rules.get(str(op.overloadpacket).removesuffix("_"))
-    if rule is None and is_pointwise(op):
-        rule = rules["pointwise"]
-    result = without_rule(tracing, node) if rule is None else rule(tracing, node, arguments)
+    rule = rules.rule_for(op)
+    if rule not in rules.views:
+        for value in values_in(vars(arguments)):
+            freeze_names(tracing.units, value)
+    if rule is None:
+        result = without_rule(tracing, node)
+    elif has_choice(vars(arguments)):
+        elementwise = rule in rules.views or rule is rules.table["pointwise"]
+        result = rules.spread(tracing, node, arguments, rule, elementwise)
+    else:
+        result = rule(tracing, node, arguments)
     if result is NotImplemented:
         result = without_rule(tracing, node)
     if op._schema.is_mutable:
-        mutate(tracing, node, result)
+        rules.mutate(tracing, node, result)
     return result
+
+
+def has_choice(argument: Any) -> bool:
+    """Whether an argument holds a value that data choose."""
+    found: list[Choice] = []
+    map_aggregate(argument, lambda item: found.append(item) if isinstance(item, Choice) else None)
+    return bool(found)
+
+
+def freeze_names(units: Units, value: Value) -> None:
+    """Fixes the units that a tensor of indices names, where something else than a look-up reads the indices."""
+    if value.names is not None:
+        units.freeze(value.names.ids, "an operation reads their indices")
 
 
 def read(tracing: Tracing, argument: Any) -> Any:
@@ -214,9 +320,16 @@ def bind(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> SimpleN
 
 
 def values_in(argument: Any) -> list[Value]:
-    """All traced values inside an argument."""
+    """All traced values inside an argument, every alternative of a choice among them."""
     found: list[Value] = []
-    map_aggregate(argument, lambda item: found.append(item) if isinstance(item, Value) else None)
+
+    def collect(item: Any) -> None:
+        if isinstance(item, Value):
+            found.append(item)
+        elif isinstance(item, Choice):
+            found.extend(item.values)
+
+    map_aggregate(argument, collect)
     return found
 
 
@@ -271,43 +384,7 @@ def freeze_value(units: Units, value: Value, text: str, *, expected: bool = True
     """Fixes every unit that a value carries."""
     for layer in value.layers:
         units.freeze(layer, text, expected=expected)
-
-
-def mutate(tracing: Tracing, node: fx.Node, result: Any) -> None:
-    """Gives an operation's result to the node that it overwrites in place, and to all that shares its memory."""
-    target = node.args[0] if node.args else None
-    if not isinstance(target, fx.Node) or not isinstance(result, Value):
-        return
-    before = tracing.values[target.name]
-    alike = (
-        isinstance(before, Value)
-        and before.constant is None
-        and len(before.layers) == len(result.layers)
-        and all(contains(tracing.units, before.layers, layer) for layer in result.layers)
-    )
-    tracing.values[target.name] = result
-    whole = tracing.values[origin(target).name]
-    if alike and isinstance(whole, Value) and (whole.shape == result.shape or identifies(tracing.units, whole)):
-        return
-    family = [name for name in sharing_memory(tracing, target) if name != target.name]
-    if not family:
-        return
-    # Which part of the others was written over is not followed.
-    freeze_value(tracing.units, result, "written into a part of a tensor", expected=False)
-    for name in family:
-        for value in values_in(tracing.values[name]):
-            freeze_value(tracing.units, value, "a part of it is written over", expected=False)
-        tracing.values[name] = map_aggregate(tracing.values[name], lambda item: rigidified(tracing.units, item))
-
-
-def rigidified(units: Units, item: Any) -> Any:
-    """A value with every position fixed; anything else as it is."""
-    return rigid_value(units, item.shape) if isinstance(item, Value) else item
-
-
-def sharing_memory(tracing: Tracing, node: fx.Node) -> list[str]:
-    """Names of all traced nodes that are views of the tensor that a node is a view of."""
-    return [other.name for other in node.graph.nodes if other.name in tracing.values and origin(other) is origin(node)]
+    freeze_names(units, value)
 
 
 def origin(node: fx.Node) -> fx.Node:
@@ -315,7 +392,14 @@ def origin(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
         op = node.target
         is_view = isinstance(op, OpOverload) and any(result.alias_info is not None for result in op._schema.returns)
-        if not is_view and op is not operator.getitem:
+        made_apart = op is operator.getitem and not returns_views(node.args[0])
+        if made_apart or (not is_view and op is not operator.getitem):
             break
         node = node.args[0]
     return node
+
+
+def returns_views(node: fx.Node) -> bool:
+    """Whether the several results of an operation share memory with what it was given, and so with one another."""
+    op = node.target
+    return not isinstance(op, OpOverload) or any(result.alias_info is not None for result in op._schema.returns)

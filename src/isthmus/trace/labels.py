@@ -46,6 +46,19 @@ class Reason:
 
 
 @dataclass(frozen=True, eq=False)
+class Names:
+    """What the numbers in a tensor of indices mean.
+
+    Attributes:
+        ids: Number k names unit `ids[k]`.
+        history: Which indices they are: tensors of one history are equal.
+    """
+
+    ids: Ids
+    history: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Value:
     """A traced tensor.
 
@@ -54,12 +67,29 @@ class Value:
         layers: Label arrays with as many dimensions as the value, each of size 1 where the labels do not vary.
         constant: Its numbers, where they do not depend on parameters or inputs.
         source: The parameter that it is a view of, if it is one.
+        names: The units that its numbers name, where it holds indices of units.
     """
 
     shape: tuple[int, ...]
     layers: tuple[Labels, ...] = ()
     constant: Tensor | None = None
     source: str | None = None
+    names: Names | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A tensor whose slots each hold one of several alternatives, and data choose which.
+
+    Attributes:
+        values: The tensor, were the same alternative chosen everywhere.
+        where: A value of the same shape whose one layer numbers the slots.
+        history: Which choice it is: choices of one history choose alike in each slot.
+    """
+
+    values: tuple[Value, ...]
+    where: Value
+    history: tuple[str, ...]
 
 
 def support(layer: Labels) -> tuple[int, ...]:
@@ -107,6 +137,8 @@ class Units:
         self.occurrences: list[Labels] = []
         self.place: tuple[str, str] = ("", "")  # operation and module path that rules are working for, for reasons
         self._rigid = np.empty(0, dtype=np.int64)
+        self.made_stand_ins: list[Ids] = []
+        self.expected_stand_ins: list[Ids] = []  # those of the first alternative, for the others to use
 
     def fresh(self, count: int) -> Ids:
         """New units that can move."""
@@ -133,22 +165,41 @@ class Units:
             self._rigid = np.concatenate([self._rigid, more])
         return self._rigid[:count]
 
+    def stand_ins(self, count: int) -> Ids:
+        """Units that stand for fixed positions in one place of the graph, in all alternatives of a choice there."""
+        if self.expected_stand_ins and len(self.expected_stand_ins[0]) == count:
+            return self.expected_stand_ins.pop(0)
+        ids = self.fresh(count)
+        self._reason[ids] = 0
+        self.made_stand_ins.append(ids)
+        return ids
+
     def find(self, ids: Labels) -> Labels:
         """The representative of each unit; wildcards stay."""
-        roots = np.where(ids == WILDCARD, WILDCARD, self._root[ids])
+        if not ids.size:
+            return ids
+        if ids.min() == WILDCARD:
+            roots = np.full(ids.shape, WILDCARD)
+            known = ids != WILDCARD
+            roots[known] = self.find(ids[known])
+            return roots
+        roots = self._root[ids]
         while True:
-            higher = np.where(roots == WILDCARD, WILDCARD, self._root[roots])
+            higher = self._root[roots]
             if np.array_equal(higher, roots):
                 break
             roots = higher
-        known = ids != WILDCARD
-        self._root[ids[known]] = roots[known]
+        self._root[ids] = roots
         return roots
 
     def is_frozen(self, ids: Labels) -> Bool[np.ndarray, "..."]:
         """Whether each unit is fixed; wildcards count as fixed."""
         roots = self.find(ids)
         return (roots == WILDCARD) | (self._reason[roots] >= 0)
+
+    def reasons_of(self, units: Ids) -> Ids:
+        """For each unit, the index of the reason why it is fixed, or −1 where it can move."""
+        return self._reason[self.find(units)]
 
     def reason(self, unit: int) -> Reason | None:
         """Why a unit is fixed, or None where it can move."""
@@ -291,8 +342,7 @@ class Units:
             units = np.array(alike)
             if not self.is_news(units):
                 continue
-            blocks, places = self.fresh(units.shape[0]), self.fresh(units.shape[1])
-            self._reason[places] = 0
+            blocks, places = self.fresh(units.shape[0]), self.stand_ins(units.shape[1])
             self.relations.append((units.ravel(), np.repeat(blocks, units.shape[1])))
             self.relations.append((units.ravel(), np.tile(places, units.shape[0])))
 
@@ -317,7 +367,7 @@ class Units:
         pairs = broadcast_to_support([left, right])
         a, b = self.find(pairs[0]), self.find(pairs[1])
         known = (a != WILDCARD) & (b != WILDCARD)
-        if not known.any():
+        if not known.any() or np.array_equal(a, b):
             return
         pairs_found = np.unique(a[known] * self.size + b[known])
         a, b = pairs_found // self.size, pairs_found % self.size
@@ -373,9 +423,7 @@ class Units:
         if fixed.any():
             # Fixed positions share their ids; a position of this relation must not be taken for one of another.
             ids, index = np.unique(parents[fixed], return_inverse=True)
-            stand_ins = self.fresh(len(ids))
-            self._reason[stand_ins] = 0
-            parents[fixed] = stand_ins[index]
+            parents[fixed] = self.stand_ins(len(ids))[index]
         self.relations.append((children, parents))
 
     def occur(self, layer: Labels) -> None:
@@ -388,7 +436,10 @@ def simplify(units: Units, layers: Sequence[Labels], *, related: bool = False) -
 
     What follows from two layers on one axis is drawn before one of them goes, unless that was done (`related`).
     """
-    layers = join_fixed(units, list(layers))
+    dims = [d for layer in layers for d in support(layer)]
+    if len(dims) == len(set(dims)) and all(map(support, layers)):
+        return tuple(layers)  # none says anything about another's dimensions
+    layers = without_joint(units, join_fixed(units, list(layers)), related=related)
     if len(layers) < 2:
         return tuple(layers)
     roots = [units.find(layer) for layer in layers]
@@ -406,6 +457,38 @@ def simplify(units: Units, layers: Sequence[Labels], *, related: bool = False) -
                 alive.remove(k)
                 break
     return tuple(layers[k] for k in sorted(alive))
+
+
+def without_joint(units: Units, layers: list[Labels], *, related: bool) -> list[Labels]:
+    """The layers without those that a layer of units and a layer of fixed positions determine together.
+
+    A layer over units and positions whose every unit is inside of one unit of another layer, itself told apart on
+    axes of its own, says only which part of the fixed positions each of its units stands for. That is known of the
+    units once they are related; the array, which is as large as both axes together, is not needed any more.
+    """
+    for joint in [layer for layer in layers if len(support(layer)) > 1]:
+        dims = set(support(joint))
+        others = [x for x in layers if x is not joint and support(x) and set(support(x)) < dims]
+        fixed = [x for x in others if units.is_frozen(x).all() and tells_apart(units, x)]
+        for whole in others:
+            rest = dims - set(support(whole))
+            place = next((x for x in fixed if set(support(x)) == rest), None)
+            if place is None or not tells_apart(units, whole):
+                continue
+            root = units.find(joint)
+            if determines(root, units.find(whole), len(np.unique(root)), units.size):
+                if not related:
+                    units.relate(joint, whole)
+                    units.relate(joint, place)
+                layers = [x for x in layers if x is not joint]
+                break
+    return layers
+
+
+def tells_apart(units: Units, layer: Labels) -> bool:
+    """Whether no two positions of a layer have the same label."""
+    root = units.find(layer)
+    return len(np.unique(root)) == root.size and not (root == WILDCARD).any()
 
 
 def join_fixed(units: Units, layers: list[Labels]) -> list[Labels]:
@@ -666,6 +749,14 @@ def concatenate_layers(
     """Layers joined along `dim`, and a layer that names the part where labels alone would not tell."""
     blank = np.full((1,) * ndim, WILDCARD)
     arrays = [blank if part is None else part for part in parts]
+    told = [part for part in parts if part is not None]
+    if all(units.is_frozen(part).all() for part in told):
+        # A single place beside fixed ones is fixed as well, and is none of them.
+        taken = max(part.size for part in told)
+        for index, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+            if part is None and length == 1:
+                taken += 1
+                arrays[index] = units.rigid(taken)[-1:].reshape((1,) * ndim)
     common = list(np.broadcast_shapes(*((*array.shape[:dim], 1, *array.shape[dim + 1 :]) for array in arrays)))
     grown = []
     for array, length in zip(arrays, lengths, strict=True):
@@ -708,15 +799,35 @@ def identifies(units: Units, value: Value) -> bool:
     return sorted(along) == every and all(len(np.unique(units.find(x))) == x.size for x in value.layers)
 
 
-def as_parameter(units: Units, name: str, shape: Sequence[int]) -> Value:
-    """A parameter's value: fresh units along each of its dimensions."""
-    layers = []
-    for d, size in enumerate(shape):
-        if size > 1:
-            layout = [1] * len(shape)
-            layout[d] = size
-            layers.append(units.fresh(size).reshape(layout))
+def as_parameter(
+    units: Units, name: str, shape: Sequence[int], groups: Sequence[tuple[int, ...]] | None = None
+) -> Value:
+    """A parameter's value: fresh units along each of its dimensions, or along several of them together.
+
+    Args:
+        units: All units so far.
+        name: The parameter's name.
+        shape: Its shape.
+        groups: For each layer of labels, the dimensions that it varies along; by default each dimension alone.
+    """
+    layers: list[Labels] = []
+    groups = groups if groups is not None else [(d,) for d in range(len(shape))]
+    for group in groups:
+        sizes = [shape[d] for d in group]
+        if math.prod(sizes) > 1:
+            # Units of two parts of a stack may turn out to be the same: each part is an axis of its own.
+            parts = math.prod(size for d, size in zip(group, sizes, strict=True) if (d,) in groups and group != (d,))
+            ids = np.concatenate([units.fresh(math.prod(sizes) // parts) for _ in range(parts)])
+            layers.append(ids.reshape([size if d in group else 1 for d, size in enumerate(shape)]))
     return Value(tuple(shape), tuple(layers), source=name)
+
+
+def relate_parts(units: Units, value: Value) -> None:
+    """Says of a stack's units in which part they are, once it is known which of them are the same in all parts."""
+    for part in value.layers:
+        for layer in value.layers:
+            if set(support(part)) < set(support(layer)):
+                units.relate(part, layer)
 
 
 def unsqueeze(value: Value, dim: int) -> Value:
@@ -724,6 +835,16 @@ def unsqueeze(value: Value, dim: int) -> Value:
     dim %= len(value.shape) + 1
     shape = (*value.shape[:dim], 1, *value.shape[dim:])
     return replace(value, shape=shape, layers=tuple(np.expand_dims(x, dim) for x in value.layers), constant=None)
+
+
+def narrow(units: Units, value: Value, dim: int, start: int, length: int) -> Value:
+    """A slice of a value."""
+    shape = (*value.shape[:dim], length, *value.shape[dim + 1 :])
+    cut = [x.take(range(start, start + length), axis=dim) if x.shape[dim] > 1 else x for x in value.layers]
+    layers = [compress(layer) for layer in cut]
+    for layer in layers:
+        units.occur(layer)
+    return Value(shape, tuple(layer for layer in layers if support(layer)), source=value.source)
 
 
 def reshape(value: Value, shape: Sequence[int]) -> Value:

@@ -1,5 +1,6 @@
 """The proof: random transforms of all spaces at once must keep the function, and leaving one tensor out must not."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ CONTROL_FACTOR = 1e3
 
 # How often weights and inputs are drawn anew before outputs that are zero or not finite, or a tensor that they do not
 # depend on, are taken to be so always.
-DRAWS = 8
+DRAWS = 16
 
 # Relative step of the weights at which a network's sensitivity is measured: the root of float64's precision.
 STEP = 1.5e-8
@@ -43,7 +44,8 @@ class Proof:
         max_error: Largest relative change of the outputs over all trials.
         tolerance: The largest change that rounding explains.
         trials: How often random transforms were tried, with new weights and inputs each time.
-        controls: For each touched tensor, the change of the outputs when it alone is left unmoved.
+        controls: For each touched tensor, the change of the outputs when it alone is left unmoved; where a gradient
+            tells it, the change to first order, as root mean square of the outputs, which is no more than the largest.
         no_ops: Touched tensors that the outputs do not depend on, so that the proof says nothing about them.
         dtype: The precision that the proof ran in.
     """
@@ -157,9 +159,9 @@ def fresh_weights(network: nn.Module, symmetry: Symmetry, rng: np.random.Generat
     """Random weights of the scale of the model's own, such that every tensor matters.
 
     Matrices are drawn with their own root mean square; vectors are moved by 0.3 of a normal draw, so that gains stay
-    near theirs; variances, and gains that can be folded, are drawn between 0.5 and 1.5. Tensors that no space touches
-    are drawn too, since a site may be missing; buffers among them keep signs and infinities, being scaled by 0.5 to 1.5
-    unless they are all zero.
+    near theirs (a gain of shape [n, 1, 1] is a vector too); variances, and gains that can be folded, are drawn between
+    0.5 and 1.5. Tensors that no space touches are drawn too, since a site may be missing; buffers among them keep signs
+    and infinities, being scaled by 0.5 to 1.5 unless they are all zero.
     """
     state = dict(network.state_dict())
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -169,24 +171,33 @@ def fresh_weights(network: nn.Module, symmetry: Symmetry, rng: np.random.Generat
     for name, old in state.items():
         if not old.is_floating_point() or not old.numel() or name in symmetry.tied:
             continue
-        noise = torch.randn(old.shape, generator=generator, dtype=torch.float64)
-        around_one = 0.5 + torch.rand(old.shape, generator=generator, dtype=torch.float64)
         if name in variances:
-            state[name] = around_one
+            state[name] = around_one(old.shape, generator)
         elif name in gains:
-            state[name] = around_one - gains[name].offset
+            state[name] = around_one(old.shape, generator) - gains[name].offset
         elif name not in drawn:
-            state[name] = old * around_one if old.any() else 0.3 * noise
-        elif old.ndim < 2:
+            state[name] = old * around_one(old.shape, generator) if old.any() else 0.3 * normal(old.shape, generator)
+        elif old.numel() == max(old.shape, default=1):
             usable = old.isfinite().all() and old.abs().max() < 1e3
-            state[name] = (old if usable else torch.zeros_like(old)) + 0.3 * noise
+            state[name] = (old if usable else torch.zeros_like(old)) + 0.3 * normal(old.shape, generator)
         else:
             scale = float(old.square().mean().sqrt())
-            state[name] = noise * (scale if 1e-8 < scale < 1e3 else 1 / math.sqrt(old[0].numel()))
+            usable = 1e-8 < scale < 1e3
+            state[name] = normal(old.shape, generator) * (scale if usable else 1 / math.sqrt(old[0].numel()))
     for alias, name in symmetry.tied.items():
         if name in state:
             state[alias] = state[name]
     return state
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Normal draws; of single precision, which costs a third, held in double."""
+    return torch.randn(shape, generator=generator).double()
+
+
+def around_one(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draws between 0.5 and 1.5."""
+    return 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
 def fresh_inputs(inputs: Any, rng: np.random.Generator) -> Any:
@@ -212,14 +223,65 @@ class InDouble(TorchFunctionMode):
         return func(*pytree.tree_map(widen, args), **pytree.tree_map(widen, kwargs or {}))
 
 
+class ThroughStatistics(TorchFunctionMode):
+    """Spells batch normalisation by stored statistics out, of which torch has no derivative by the statistics."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The function's result."""
+        spelt = {torch.nn.functional.batch_norm: by_statistics, torch.batch_norm: by_weights}.get(func)
+        return (spelt or func)(*args, **(kwargs or {}))
+
+
+def by_statistics(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, as a formula where it uses the statistics."""
+    if training or mean is None or variance is None:
+        return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    x = (x - mean.view(shape)) / (variance.view(shape) + eps).sqrt()
+    x = x if weight is None else x * weight.view(shape)
+    return x if bias is None else x + bias.view(shape)
+
+
+def by_weights(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool,
+) -> Tensor:
+    """`torch.batch_norm`, which takes the same in another order."""
+    return by_statistics(x, mean, variance, weight, bias, training, momentum, eps)
+
+
 def outputs(
-    network: nn.Module, state: Mapping[str, Tensor], args: Sequence[Any], named: Mapping[str, Any]
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    args: Sequence[Any],
+    named: Mapping[str, Any],
+    *,
+    differentiable: bool = False,
 ) -> list[Tensor]:
     """All floating-point tensors that the network returns."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.no_grad(), InDouble():
+        through = ThroughStatistics() if differentiable else contextlib.nullcontext()
+        with torch.set_grad_enabled(differentiable), InDouble(), through:
             # Cloned, since a network may work in place on what it is given.
             args, named = pytree.tree_map(copy_of, (tuple(args), dict(named)))
             result = functional_call(network, dict(state), args, dict(named), tie_weights=False)
@@ -263,6 +325,41 @@ class Sample:
         """How much the outputs change under other weights."""
         return change(outputs(self.network, state, self.args, self.named), self.expected)
 
+    def first_order(
+        self, moved: Mapping[str, Tensor], names: Mapping[str, Sequence[str]], rng: np.random.Generator
+    ) -> dict[str, float]:
+        """The change of the outputs when one tensor goes back from where it was moved, to first order, in one gradient.
+
+        It is seen in one random direction of the outputs; what is found is a draw whose root mean square is that of the
+        relative change. Nothing is found for tensors that no gradient reaches, or of a network that has none.
+
+        Args:
+            moved: The moved state.
+            names: The tensors to tell of, each with its other names in the state.
+            rng: Draws the direction.
+        """
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        leaves = {name: moved[name].detach().clone().requires_grad_() for name in names}
+        state = {**moved, **leaves, **{alias: leaves[name] for name in names for alias in names[name]}}
+        try:
+            found = outputs(self.network, state, self.args, self.named, differentiable=True)
+            seen = []
+            for x in (x for x in found if x.numel() and x.requires_grad):
+                direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+                seen.append((x * direction).sum() / (float(x.detach().square().max().sqrt()) or 1.0) / x.numel() ** 0.5)
+            if not seen:
+                return {}
+            total = torch.stack(seen).sum() / len(seen) ** 0.5
+            slopes = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        except RuntimeError:  # an operation without a derivative, or one that writes over what a derivative needs
+            return {}
+        effects = {}
+        for (name, leaf), slope in zip(leaves.items(), slopes, strict=True):
+            effect = math.nan if slope is None else abs(float(((self.state[name] - leaf.detach()) * slope).sum()))
+            if math.isfinite(effect):
+                effects[name] = effect
+        return effects
+
     def sensitivity(self, rng: np.random.Generator) -> float:
         """Relative change of the outputs for a relative change of the weights, measured at one small random step."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -303,8 +400,9 @@ def control(
 ) -> dict[str, float]:
     """For each touched tensor, the largest change of the outputs when all are moved but it.
 
+    One gradient tells the effect of all tensors to first order; those that no gradient reaches are left out one by one.
     A tensor may be silent by chance, behind a unit that is off for every input: silent ones get another sample, until
-    `DRAWS` samples in a row find no more effect.
+    `DRAWS` samples in a row find no more effect, in the last of which they are left out one by one, too.
     """
     changes = dict.fromkeys(symmetry.sites, 0.0)
     aliases = {name: [alias for alias, first in symmetry.tied.items() if first == name] for name in symmetry.sites}
@@ -312,9 +410,12 @@ def control(
     while silent and idle < DRAWS:
         sample = draw(network, symmetry, inputs, rng)
         moved = move_state(sample.state, {space.name: stirred(space, rng) for space in symmetry}, symmetry)
+        effects = sample.first_order(moved, {name: aliases[name] for name in silent}, rng)
         for name in silent:
-            unmoved = dict.fromkeys((name, *aliases[name]), sample.state[name])
-            changes[name] = max(changes[name], sample.change({**moved, **unmoved}))
+            if name not in effects or (idle == DRAWS - 1 and effects[name] <= threshold):
+                unmoved = dict.fromkeys((name, *aliases[name]), sample.state[name])
+                effects[name] = sample.change({**moved, **unmoved})
+            changes[name] = max(changes[name], effects[name])
         still = [name for name in silent if changes[name] <= threshold]
         idle = idle + 1 if len(still) == len(silent) else 0
         silent = still

@@ -1,9 +1,9 @@
 """From labels to spaces: which units can be exchanged, what is nested in what, and where each tensor touches them."""
 
-import math
+import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Int
@@ -18,24 +18,15 @@ from isthmus.trace.labels import (
     WILDCARD,
     Hashes,
     Ids,
-    Labels,
     Units,
     Value,
-    compress,
     scramble,
     support,
 )
+from isthmus.trace.solution import Block, Coordinates, IrregularError, Places, Solution, Tag
 
 # By level of evidence: nothing but linear maps, squared norms, norms of centred values, units used one by one.
 GROUPS = (Group.INVERTIBLE, Group.ORTHOGONAL, Group.ORTHOGONAL_FIXING_ONES, Group.PERMUTATION)
-
-
-# A fixed unit that a unit is inside of, after the number of the relation that says so.
-Tag = tuple[int, int]
-
-
-class IrregularError(Exception):
-    """The places of a space's units in a tensor do not correspond to one another."""
 
 
 @dataclass(eq=False)
@@ -61,63 +52,7 @@ class Graph:
     partial: frozenset[str] = frozenset()
 
 
-@dataclass(eq=False)
-class Block:
-    """A space under construction: its units' representatives, row by row, one row a copy."""
-
-    roots: Int[np.ndarray, "copies size"]
-    parent: int | None
-    level: int = 0
-    factors: int = 0
-
-    @property
-    def copies(self) -> int:
-        """Number of rows."""
-        return self.roots.shape[0]
-
-    @property
-    def size(self) -> int:
-        """Units in one row."""
-        return self.roots.shape[1]
-
-
-@dataclass(frozen=True)
-class Coordinates:
-    """Where a unit stands: its index in every space that moves it, and what tells it from others at that index."""
-
-    spaces: Mapping[int, int] = field(default_factory=dict)
-    tags: tuple[Tag, ...] = ()
-
-
-@dataclass(eq=False)
-class Solution:
-    """Spaces under construction, and every unit's coordinates."""
-
-    blocks: list[Block]
-    coordinates: dict[int, Coordinates]
-    colours: Hashes
-
-    def ancestors(self, block: int) -> list[int]:
-        """A space and the spaces that it is nested in, innermost first."""
-        chain = [block]
-        while (parent := self.blocks[chain[-1]].parent) is not None:
-            chain.append(parent)
-        return chain
-
-    def flat_index(self, root: int, block: int) -> int:
-        """A unit's index in a space, counted over all copies; −1 where the space does not move it."""
-        coordinates = self.coordinates.get(root)
-        if coordinates is None:
-            return -1
-        flat = 0
-        for each in reversed(self.ancestors(block)):
-            if each not in coordinates.spaces:
-                return -1
-            flat = flat * self.blocks[each].size + coordinates.spaces[each]
-        return flat
-
-
-def solve(tracing: Tracing) -> Solution:
+def solve(tracing: Tracing) -> Places:
     """Finds all spaces; freezes what turns out irregular and starts again until nothing does."""
     units = tracing.units
     units.place = ("", "")
@@ -125,10 +60,11 @@ def solve(tracing: Tracing) -> Solution:
         edges = close_relations(units)
         colours = colour_units(units, edges)
         solution, irregular = build_blocks(units, edges, colours, units_of_interest(tracing))
+        places = Places(units, solution)
         if irregular is None:
-            irregular = irregular_sites(tracing, solution)
+            irregular = irregular_sites(tracing, places)
         if irregular is None:
-            return solution
+            return places
         units.freeze(irregular, "its units meet others in an irregular pattern", expected=False)
 
 
@@ -181,12 +117,23 @@ def canonical_relations(units: Units) -> list[tuple[Ids, Ids]]:
 
 def overlapping(records: Sequence[tuple[Ids, Ids]]) -> list[tuple[int, int]]:
     """Pairs of relations that share a child."""
-    holders: dict[int, list[int]] = defaultdict(list)
-    for index, (children, _) in enumerate(records):
-        for child in np.unique(children).tolist():
-            holders[child].append(index)
+    if not records:
+        return []
+    # Each child once for a relation; then children that stand in the same relations count once.
+    pairs = [
+        np.stack([np.unique(children), np.full(len(np.unique(children)), k)]) for k, (children, _) in enumerate(records)
+    ]
+    held = np.concatenate(pairs, axis=1)
+    _, child = np.unique(held[0], return_inverse=True)
+    signature = np.zeros(int(child.max()) + 1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        np.add.at(signature, child, scramble(held[1].astype(np.uint64)))
+    _, first = np.unique(signature, return_index=True)
+    order = np.argsort(child, kind="stable")
+    starts = np.searchsorted(child[order], np.arange(len(signature) + 1))
     found: set[tuple[int, int]] = set()
-    for group in {tuple(indices) for indices in holders.values()}:
+    for one in first.tolist():
+        group = held[1][order[starts[one] : starts[one + 1]]].tolist()
         found |= {(a, b) for i, a in enumerate(group) for b in group[i + 1 :]}
     return sorted(found)
 
@@ -212,13 +159,15 @@ def colour_units(units: Units, edges: Int[np.ndarray, "edges 3"]) -> Hashes:
     """
     count = units.size
     colours = np.zeros(count, dtype=np.uint64)
-    seen: dict[int, tuple[Ids, Ids]] = {}
+    seen: dict[bytes, tuple[Ids, Ids]] = {}
     with np.errstate(over="ignore"):
         for place, layer in enumerate(units.occurrences):
-            if id(layer) not in seen:
-                ids, times = np.unique(units.find(layer.ravel()), return_counts=True)
-                seen[id(layer)] = (ids[ids != WILDCARD], times[ids != WILDCARD])
-            ids, times = seen[id(layer)]
+            roots = units.find(layer.ravel())
+            key = hashlib.sha256(roots.tobytes()).digest()
+            if key not in seen:
+                ids, times = np.unique(roots, return_counts=True)
+                seen[key] = (ids[ids != WILDCARD], times[ids != WILDCARD])
+            ids, times = seen[key]
             colours[ids] += scramble(np.uint64(place) * np.uint64(2**32) + times.astype(np.uint64))
         frozen = units.is_frozen(np.arange(count))
         colours[frozen] = scramble(np.arange(count, dtype=np.uint64))[frozen]
@@ -391,151 +340,38 @@ def flat_of(solution: Solution, coordinates: Coordinates | None, block: int) -> 
     return flat
 
 
-def locate(
-    tracing: Tracing, solution: Solution, value: Value, block: int
-) -> list[tuple[tuple[int, ...], Labels, Labels]]:
-    """Every place where a value touches a space: its dimensions, its positions, and the layer that says so.
-
-    Raises:
-        IrregularError: The units' places do not correspond to one another.
-    """
-    found: list[tuple[tuple[int, ...], Labels, Labels]] = []
-    slots: list[Labels] = []
-    roots = [tracing.units.find(layer) for layer in value.layers]
-    for layer, root in zip(value.layers, roots, strict=True):
-        index = compress(lookup(root, lambda unit: solution.flat_index(unit, block)))
-        if (index < 0).all() or any(np.array_equal(index, slot) for slot in slots if slot.shape == index.shape):
-            continue
-        slots.append(index)
-        dims = support(index)
-        if not dims:
-            continue
-        positions = positions_of(solution, value, roots, index, dims, block)
-        while beyond := carried_along(solution, value, roots, positions, dims, block):
-            dims = tuple(sorted({*dims, *beyond}))
-            positions = positions_of(solution, value, roots, index, dims, block)
-        found.append((dims, positions, layer))
-    return found
-
-
-def carried_along(
-    solution: Solution, value: Value, roots: Sequence[Labels], positions: Labels, dims: tuple[int, ...], block: int
-) -> set[int]:
-    """Further dimensions along which not all units of a space carry the same, so that these move with them."""
-    own = set(solution.ancestors(block))
-    for root in roots:
-        beyond = set(support(root)) - set(dims)
-        if beyond and beyond != set(support(root)):
-            shape = tuple(size if d in dims or d in beyond else 1 for d, size in enumerate(value.shape))
-            rest = np.broadcast_to(residual_ids(solution, root, own), shape)
-            rows = rest.transpose(moved_to_front(dims, len(shape))).reshape(-1, math.prod(shape[d] for d in beyond))
-            carried = rows[positions]
-            if not (carried == carried[:1, :1]).all():
-                return beyond
-    return set()
-
-
-def lookup(roots: Labels, table: "Mapping[int, int] | object") -> Labels:
-    """A function of units applied to every label; wildcards give −1."""
-    ids, inverse = np.unique(roots, return_inverse=True)
-    assert callable(table)
-    values = np.array([-1 if unit == WILDCARD else table(unit) for unit in ids.tolist()], dtype=np.int64)
-    return values[inverse].reshape(roots.shape)
-
-
-def positions_of(
-    solution: Solution, value: Value, roots: Sequence[Labels], index: Labels, dims: tuple[int, ...], block: int
-) -> Int[np.ndarray, "copies size repeat"]:
-    """Positions along the flattened `dims` of every unit of a space, so that equal r means corresponding places."""
-    shape = tuple(value.shape[d] if d in dims else 1 for d in range(len(value.shape)))
-    unit = np.broadcast_to(index, shape).transpose(moved_to_front(dims, len(shape))).ravel()
-    own = set(solution.ancestors(block))
-    rests = []
-    for root in roots:
-        if set(support(root)) <= set(dims):
-            rest = residual_ids(solution, root, own)
-            rests.append(np.broadcast_to(rest, shape).transpose(moved_to_front(dims, len(shape))).ravel())
-    touched = np.flatnonzero(unit >= 0)
-    keys = np.stack([unit[touched], *(rest[touched] for rest in rests)])
-    order = np.lexsort(keys[::-1])  # by unit, then by what tells its places apart; ties keep their order
-    total = solution.blocks[block].copies * solution.blocks[block].size
-    if len(touched) % total or not np.array_equal(keys[0][order], np.repeat(np.arange(total), len(touched) // total)):
-        raise IrregularError("not every unit has the same number of places")
-    arranged = keys[1:, order].reshape(len(rests), total, len(touched) // total)
-    if not (arranged == arranged[:, :1]).all():
-        raise IrregularError("the places of two units do not correspond")
-    return touched[order].reshape(solution.blocks[block].copies, solution.blocks[block].size, -1)
-
-
-def moved_to_front(dims: tuple[int, ...], ndim: int) -> list[int]:
-    """The order of dimensions that puts `dims` first."""
-    return [*dims, *(d for d in range(ndim) if d not in dims)]
-
-
-def residual_ids(solution: Solution, root: Labels, own: set[int]) -> Labels:
-    """A number for all that tells a unit apart once its index in the spaces `own` is taken away."""
-    numbers: dict[tuple[object, ...], int] = {}
-
-    def residual(unit: int) -> int:
-        coordinates = solution.coordinates.get(unit)
-        if coordinates is None:
-            key: tuple[object, ...] = ("fixed", unit)
-        else:
-            rest = tuple(sorted((b, i) for b, i in coordinates.spaces.items() if b not in own))
-            key = (int(solution.colours[unit]), rest, coordinates.tags)
-        return numbers.setdefault(key, len(numbers))
-
-    return lookup(root, residual)
-
-
-def irregular_sites(tracing: Tracing, solution: Solution) -> Ids | None:
+def irregular_sites(tracing: Tracing, places: Places) -> Ids | None:
     """The units of the first space that some parameter touches irregularly; None where all are regular."""
-    for block, value in touched_pairs(tracing, solution):
-        try:
-            locate(tracing, solution, value, block)
-        except IrregularError:
-            return solution.blocks[block].roots.ravel()
+    for value in tracing.parameters.values():
+        for block in places.blocks_in(value):
+            try:
+                places.locate(value, block)
+            except IrregularError:
+                return places.solution.blocks[block].roots.ravel()
     return None
 
 
-def touched_pairs(tracing: Tracing, solution: Solution) -> Iterable[tuple[int, Value]]:
-    """Every pair of a space and a parameter that touches it."""
-    for value in tracing.parameters.values():
-        for block in blocks_in(tracing.units, solution, value):
-            yield block, value
-
-
-def blocks_in(units: Units, solution: Solution, value: Value) -> list[int]:
-    """The spaces that move some unit of a value."""
-    blocks: set[int] = set()
-    for layer in value.layers:
-        for unit in np.unique(units.find(layer.ravel())).tolist():
-            coordinates = solution.coordinates.get(unit)
-            if coordinates is not None:
-                blocks |= set(coordinates.spaces)
-    return sorted(blocks)
-
-
 def describe_spaces(
-    tracing: Tracing, solution: Solution, names: Sequence[str], gains: Sequence[Gain] = ()
+    tracing: Tracing, places: Places, names: Sequence[str], gains: Sequence[Gain] = ()
 ) -> tuple[list[Space], list[Gauge], list[str]]:
     """The public spaces, parents first, their gauges, and every block's name ("" where it has no space).
 
     Args:
         tracing: What was learnt from the graph.
-        solution: The spaces under construction.
+        places: Where the spaces under construction lie.
         names: The state dict's, in order.
         gains: The norms' gains.
     """
     variances = {norm.variance for norm in tracing.batch_norms}
     absorbed = {gain.parameter for gain in gains if not gain.obstacle}
     sites: dict[int, list[Site]] = defaultdict(list)
+    solution = places.solution
     gauged = {index for index, block in enumerate(solution.blocks) if block.factors}
     levels = [block.level for block in solution.blocks]
     ordered = sorted(tracing.parameters.items(), key=lambda item: names.index(item[0]))
     for name, value in ordered:
-        for block in blocks_in(tracing.units, solution, value):
-            for dims, positions, layer in locate(tracing, solution, value, block):
+        for block in places.blocks_in(value):
+            for dims, positions, layer in places.locate(value, block):
                 ids = layer[layer != WILDCARD]
                 contracted, kept = tracing.units.contracted[ids].any(), tracing.units.kept[ids].any()
                 if contracted and kept:
@@ -587,29 +423,29 @@ def unique_name(sites: Sequence[Site], nested: bool, taken: set[str]) -> str:
     return name
 
 
-def describe_frozen(tracing: Tracing, solution: Solution) -> list[Frozen]:
+def describe_frozen(tracing: Tracing, places: Places) -> list[Frozen]:
     """What cannot move, dimension by dimension, with the reason that froze it."""
     found: list[Frozen] = []
+    coordinates_of = places.solution.coordinates
     for name, value in tracing.parameters.items():
         for layer in value.layers:
             roots = tracing.units.find(layer.ravel())
             counts: dict[tuple[str, str, str, bool], int] = defaultdict(int)
-            for unit in np.unique(roots).tolist():
-                coordinates = solution.coordinates.get(unit)
-                if coordinates is not None and coordinates.spaces:
-                    continue
-                reason = tracing.units.reason(unit)
-                if reason is None:
-                    counts["", "", "no other unit takes part in the same operations", True] += 1
+            ids = np.unique(roots)
+            still = [i for i, u in enumerate(ids.tolist()) if not (u in coordinates_of and coordinates_of[u].spaces)]
+            for index, number in zip(*np.unique(tracing.units.reasons_of(ids[still]), return_counts=True), strict=True):
+                if index < 0:
+                    counts["", "", "no other unit takes part in the same operations", True] += int(number)
                 else:
-                    counts[reason.operation, reason.module, reason.text, reason.expected] += 1
+                    reason = tracing.units.reasons[index]
+                    counts[reason.operation, reason.module, reason.text, reason.expected] += int(number)
             dims = ",".join(str(d) for d in support(layer))
             for (operation, module, text, expected), number in counts.items():
                 found.append(Frozen(name, dims, number, operation, module, text, expected))
     return found
 
 
-def describe_graph(tracing: Tracing, solution: Solution, program: Program, names: Sequence[str]) -> Graph:
+def describe_graph(tracing: Tracing, places: Places, program: Program, names: Sequence[str]) -> Graph:
     """Where in the graph each space can be read."""
     sources = [contraction.source for contraction in tracing.contractions]
     wanted = {
@@ -624,17 +460,17 @@ def describe_graph(tracing: Tracing, solution: Solution, program: Program, names
         value = tracing.values.get(node.name)
         if node.name not in wanted or not isinstance(value, Value):
             continue
-        places = []
-        for block in blocks_in(tracing.units, solution, value):
+        there = []
+        for block in places.blocks_in(value):
             try:
-                located = locate(tracing, solution, value, block)
+                located = places.locate(value, block)
             except IrregularError:
                 partial.add(node.name)
                 continue  # a part of a space, or several spaces side by side: it cannot stand for the whole
             if names[block]:
-                places += [(names[block], Site(node.name, dims, at, "vector")) for dims, at, _ in located]
-        if places:
-            activations[node.name] = places
+                there += [(names[block], Site(node.name, dims, at, "vector")) for dims, at, _ in located]
+        if there:
+            activations[node.name] = there
     read_at = {
         name: tuple(node for node in activations if node in sources and any(s == name for s, _ in activations[node]))
         for name in names

@@ -13,9 +13,9 @@ from isthmus.trace.labels import (
     SIGN,
     Units,
     Value,
-    compress,
     lift,
     merge,
+    narrow,
     one_to_one,
     support,
 )
@@ -135,6 +135,13 @@ def unchanged(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     return next(iter(vars(a).values()))
 
 
+def copied(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """`copy` and `fill`: the second operand in the shape of the first, of which nothing else remains."""
+    shape = vars(a)["self"].shape
+    sources = values_in([getattr(a, "src", None), getattr(a, "value", None)])
+    return Value(tuple(shape), tuple(lift(layer, len(shape)) for x in sources for layer in x.layers))
+
+
 def prelu(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Leaky ReLU with a learned slope, one for all channels or one a channel."""
     x: Value = vars(a)["self"]
@@ -160,22 +167,14 @@ def gated(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return out
 
 
-def narrow(units: Units, value: Value, dim: int, start: int, length: int) -> Value:
-    """A slice of a value."""
-    shape = (*value.shape[:dim], length, *value.shape[dim + 1 :])
-    cut = [x.take(range(start, start + length), axis=dim) if x.shape[dim] > 1 else x for x in value.layers]
-    layers = [compress(layer) for layer in cut]
-    for layer in layers:
-        units.occur(layer)
-    return Value(shape, tuple(layer for layer in layers if support(layer)), source=value.source)
-
-
 # Operations that work element by element although torch does not say so.
-UNDECLARED = ("hardswish", "log_sigmoid", "masked_fill", "float_power", "softplus", "threshold", "copy")
+UNDECLARED = ("hardswish", "log_sigmoid", "masked_fill", "float_power", "softplus", "threshold", "where")
 
 POINTWISE: dict[str, Rule] = {
     "pointwise": pointwise,
     **{f"aten.{name}": pointwise for name in UNDECLARED},
+    "aten.copy": copied,
+    "aten.fill": copied,
     "aten.glu": gated,
     "aten.clone": unchanged,
     "aten.alias": unchanged,

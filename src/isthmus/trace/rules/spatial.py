@@ -54,8 +54,9 @@ def pad(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
         touched = set(support(layer)) & padded
         if not touched:
             layers.append(layer)
-        elif units.is_frozen(layer).all() and len(support(layer)) == 1:
+        elif units.is_frozen(layer).all():
             renewed |= touched
+            layers += rigid_layers(units, x.shape, sorted(set(support(layer)) - touched))
         elif mode == "constant" and all(low >= 0 and high >= 0 for low, high in amounts):
             grown = [amounts[d] if d in support(layer) else (0, 0) for d in range(layer.ndim)]
             layers.append(np.pad(layer, grown, constant_values=WILDCARD))

@@ -1,5 +1,6 @@
 """Operations that only move, repeat or select elements: they are run, as they are, on the label arrays."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +9,22 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from isthmus.trace.execute import Rule, Tracing, values_in
-from isthmus.trace.labels import Labels, Value, compress, concatenate, simplify, support, unsqueeze
+from isthmus.trace.execute import Rule, Tracing, freeze_names, values_in
+from isthmus.trace.labels import (
+    Labels,
+    Names,
+    Value,
+    compress,
+    concatenate,
+    lift,
+    pin,
+    reshape,
+    simplify,
+    support,
+    unsqueeze,
+    with_rigid,
+)
+from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
 
 # A view needs memory in order, which an expanded label array does not have; a reshape does the same to any array.
 STAND_INS = {"aten.view": torch.ops.aten.reshape.default, "aten._unsafe_view": torch.ops.aten.reshape.default}
@@ -38,7 +53,17 @@ def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     results = [act(torch.from_numpy(np.require(layer, requirements="W")).expand(x.shape)) for layer in x.layers]
     shape_only = act(torch.empty(x.shape, device="meta"))
     if isinstance(shape_only, Tensor):
-        return relabelled(tracing, x, shape_only, results)
+        for layer, result in zip(x.layers, results, strict=True):
+            lost = np.setdiff1d(layer, result.numpy())
+            if len(lost):
+                tracing.cut.setdefault(node.name, []).append(lost)
+        moved = relabelled(tracing, x, shape_only, results)
+        if x.names is None:
+            return moved
+        step = f"{op} {[item for item in rest.values() if not isinstance(item, Value)]}"
+        return replace(moved, names=Names(x.names.ids, (*x.names.history, step)))
+    if x.names is not None:
+        freeze_names(tracing.units, x)
     return [relabelled(tracing, x, piece, [r[i] for r in results]) for i, piece in enumerate(shape_only)]
 
 
@@ -54,6 +79,25 @@ def relabelled(tracing: Tracing, x: Value, shape_only: Tensor, arrays: list[Tens
     return Value(tuple(shape_only.shape), simplify(tracing.units, layers), source=x.source)
 
 
+def expand_as(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """A value repeated along dimensions of size 1 to the shape of another, of which nothing else matters."""
+    x: Value = vars(a)["self"]
+    return Value(tuple(a.other.shape), tuple(lift(layer, len(a.other.shape)) for layer in x.layers), source=x.source)
+
+
+def as_complex(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """Pairs of numbers along the last dimension, each read as one complex number: its two parts keep their places."""
+    x: Value = vars(a)["self"]
+    limit_value(tracing.units, x, PERMUTATION_LEVEL)
+    return reshape(pin(tracing.units, x, [-1], "real and imaginary parts"), x.shape[:-1])
+
+
+def as_real(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+    """Complex numbers as pairs along a new last dimension."""
+    x: Value = vars(a)["self"]
+    return with_rigid(tracing.units, unsqueeze(x, -1), (*x.shape, 2), [len(x.shape)])
+
+
 def cat(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Values one after another along a dimension."""
     values = [value for value in a.tensors if value.shape != (0,)]
@@ -67,9 +111,15 @@ def stack(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
 
 RUNNABLE = (  # noqa: SIM905 - a list literal would take a line for each name
     "view _unsafe_view reshape flatten unflatten permute transpose t numpy_T matrix_H mT unsqueeze squeeze expand "
-    "expand_as slice select split split_with_sizes chunk tensor_split narrow flip roll repeat repeat_interleave tile "
-    "unbind movedim moveaxis swapaxes swapdims index_select index diagonal unfold pixel_shuffle pixel_unshuffle "
-    "channel_shuffle native_channel_shuffle rot90 view_as take_along_dim"
+    "broadcast_to slice select split split_with_sizes chunk tensor_split narrow flip roll repeat repeat_interleave "
+    "tile unbind movedim moveaxis swapaxes swapdims index_select index diagonal unfold pixel_shuffle "
+    "pixel_unshuffle channel_shuffle native_channel_shuffle rot90 view_as take_along_dim"
 ).split()
 
-VIEWS: dict[str, Rule] = {f"aten.{name}": run for name in RUNNABLE} | {"aten.cat": cat, "aten.stack": stack}
+VIEWS: dict[str, Rule] = {f"aten.{name}": run for name in RUNNABLE} | {
+    "aten.cat": cat,
+    "aten.stack": stack,
+    "aten.expand_as": expand_as,
+    "aten.view_as_complex": as_complex,
+    "aten.view_as_real": as_real,
+}
