@@ -453,3 +453,16 @@ def test_a_part_that_is_read_after_it_was_written_over_is_not_trusted():
     symmetry = isthmus.trace(net, x)
     for seed in range(4):
         isthmus.verify(net, symmetry, x, seed=seed, controls=False)
+
+
+class ShapeOfAUnit(LastToken):
+    """One unit's values are taken for their shape alone."""
+
+    def forward(self, x):
+        y = torch.tanh(self.stem(x))
+        length = y[:, :, -1].shape[1]
+        return self.head(y + torch.arange(length).unsqueeze(-1))
+
+
+def test_a_unit_that_is_taken_for_its_shape_is_like_the_others():
+    checked(ShapeOfAUnit(), tokens(), spaces=[STREAM])

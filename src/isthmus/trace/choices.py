@@ -96,7 +96,8 @@ def spread(tracing: Tracing, node: fx.Node, arguments: SimpleNamespace, rule: Ru
 
 def replaced(arguments: SimpleNamespace, function: Callable[[Choice], Value]) -> SimpleNamespace:
     """The arguments with a value in place of each choice."""
-    mapped: Any = map_aggregate(vars(arguments), lambda x: function(x) if isinstance(x, Choice) else x)
+    act: Any = lambda x: function(x) if isinstance(x, Choice) else x  # noqa: E731
+    mapped: Any = map_aggregate(vars(arguments), act)
     return SimpleNamespace(**mapped)
 
 

@@ -161,7 +161,10 @@ def execute(program: Program, rules: Rules) -> Tracing:
     """
     tracing = Tracing()
     units = tracing.units
+    unused = unused_nodes(program.graph)
     for node in program.graph.nodes:
+        if node in unused:
+            continue
         units.place = (operation_name(node), module_path(node))
         if node.op == "placeholder":
             tracing.values[node.name] = placeholder(tracing, program, node)
@@ -179,6 +182,19 @@ def execute(program: Program, rules: Rules) -> Tracing:
         relate_parts(units, value)
     units.freeze(never_read(tracing, program.graph), "no operation reads it on inputs of this shape")
     return tracing
+
+
+def unused_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Operations of whose results at most the shape is looked at, which the graph does not show any more."""
+    unused: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        op = node.target
+        if node.op == "call_function" and isinstance(op, OpOverload) and not op._schema.is_mutable:
+            if all(user in unused for user in node.users):
+                unused.add(node)  # among them assertions, which have no results
+        elif op is operator.getitem and all(user in unused for user in node.users):
+            unused.add(node)
+    return unused
 
 
 def note(units: Units, item: Any) -> None:

@@ -354,6 +354,21 @@ class Units:
             self.reasons.append(Reason(*self.place, "meets an axis that is fixed there"))
         self._reason[units] = reasons
 
+    def _hold_at(self, units: Ids, places: Ids) -> None:
+        """Units that meet fixed places in some pattern: only those that meet the same ones can be exchanged."""
+        if not len(units):
+            return
+        ids, index = np.unique(units, return_inverse=True)
+        content = np.zeros(len(ids), dtype=np.uint64)
+        with np.errstate(over="ignore"):
+            np.add.at(content, index, scramble(places.astype(np.uint64)))
+        _, group, size = np.unique(content, return_inverse=True, return_counts=True)
+        self.freeze(ids[size[group] == 1], "meets an axis that is fixed there")
+        blocks = self.fresh(len(size))
+        self._reason[blocks] = 0
+        shared = size[group] > 1
+        self._nest(ids[shared], blocks[group[shared]])
+
     def relate(self, left: Labels, right: Labels) -> None:
         """Draws the conclusions from two layers that label the same value.
 
@@ -395,6 +410,13 @@ class Units:
         complete = pair_count == a_count * b_count
         broken = ~complete[component]
         if broken.any():
+            for units, others in ((a, b), (b, a)):
+                moving = np.zeros(count, dtype=bool)
+                moving[component[~self.is_frozen(others)]] = True
+                held = broken & ~moving[component]
+                self._hold_at(units[held], others[held])
+                broken = broken & ~held
+        if broken.any():
             text = "pairs of units meet in a pattern that no permutation of either keeps"
             self.freeze(np.concatenate([a[broken], b[broken]]), text, expected=False)
         same = (complete & (a_count == 1) & (b_count == 1))[component]
@@ -417,6 +439,10 @@ class Units:
     def _nest(self, children: Ids, parents: Ids) -> None:
         other = children != parents
         children, parents = children[other], parents[other]
+        stuck = self.is_frozen(children)
+        if stuck.any():  # what holds a fixed unit is fixed, and nothing else follows: fixed units share their ids
+            self.freeze(parents[stuck], "holds units that are fixed")
+            children, parents = children[~stuck], parents[~stuck]
         if not len(children):
             return
         fixed = self.is_frozen(parents)

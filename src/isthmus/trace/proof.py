@@ -223,6 +223,38 @@ class InDouble(TorchFunctionMode):
         return func(*pytree.tree_map(widen, args), **pytree.tree_map(widen, kwargs or {}))
 
 
+@dataclass(frozen=True, eq=False)
+class Normalisation:
+    """The arguments of a batch normalisation, under the names of `torch.nn.functional.batch_norm`."""
+
+    x: Tensor
+    mean: Tensor | None
+    variance: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float | None = 0.1
+    epsilon: float = 1e-5
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in which statistics broadcast."""
+        return (1, -1, *[1] * (self.x.ndim - 2))
+
+
+def normalisation(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Normalisation | None:
+    """The batch normalisation by stored statistics that a call is, or None."""
+    if func is torch.batch_norm:
+        x, weight, bias, mean, variance, training, momentum, epsilon, _ = (*args, *kwargs.values())
+        found = Normalisation(x, mean, variance, weight, bias, training, momentum, epsilon)
+    elif func is torch.nn.functional.batch_norm:
+        named = {"running_mean": "mean", "running_var": "variance", "input": "x", "eps": "epsilon"}
+        found = Normalisation(*args, **{named.get(name, name): value for name, value in kwargs.items()})
+    else:
+        return None
+    return None if found.training or found.mean is None or found.variance is None else found
+
+
 class ThroughStatistics(TorchFunctionMode):
     """Spells batch normalisation by stored statistics out, of which torch has no derivative by the statistics."""
 
@@ -230,42 +262,51 @@ class ThroughStatistics(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """The function's result."""
-        spelt = {torch.nn.functional.batch_norm: by_statistics, torch.batch_norm: by_weights}.get(func)
-        return (spelt or func)(*args, **(kwargs or {}))
+        norm = normalisation(func, args, kwargs or {})
+        if norm is None:
+            return func(*args, **(kwargs or {}))
+        assert norm.mean is not None
+        assert norm.variance is not None
+        x = (norm.x - norm.mean.view(norm.shape)) / (norm.variance.view(norm.shape) + norm.epsilon).sqrt()
+        x = x if norm.weight is None else x * norm.weight.view(norm.shape)
+        return x if norm.bias is None else x + norm.bias.view(norm.shape)
 
 
-def by_statistics(
-    x: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`torch.nn.functional.batch_norm`, as a formula where it uses the statistics."""
-    if training or mean is None or variance is None:
-        return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
-    shape = (1, -1, *[1] * (x.ndim - 2))
-    x = (x - mean.view(shape)) / (variance.view(shape) + eps).sqrt()
-    x = x if weight is None else x * weight.view(shape)
-    return x if bias is None else x + bias.view(shape)
+class Settling(TorchFunctionMode):
+    """Moves stored statistics near those of what arrives at them, so that signals neither die nor grow with depth.
 
+    Each channel gets a mean near its own, and a variance near the mean of all channels', which a small batch tells
+    better than any one.
 
-def by_weights(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn: bool,
-) -> Tensor:
-    """`torch.batch_norm`, which takes the same in another order."""
-    return by_statistics(x, mean, variance, weight, bias, training, momentum, eps)
+    Args:
+        state: The network's tensors.
+        generator: Draws how far from the batch's statistics the stored ones are.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], generator: torch.Generator) -> None:
+        super().__init__()
+        self.names = {id(tensor): name for name, tensor in state.items()}
+        self.generator = generator
+        self.settled: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The function's result."""
+        norm = normalisation(func, args, kwargs or {})
+        mean, variance = (None, None) if norm is None else (self.names.get(id(x)) for x in (norm.mean, norm.variance))
+        if norm is None or mean is None or variance is None:
+            return func(*args, **(kwargs or {}))
+        if mean not in self.settled:
+            others = [d for d in range(norm.x.ndim) if d != 1]
+            centre = norm.x.mean(others)
+            spread = (norm.x - centre.view(norm.shape)).square().mean()
+            if spread > 0 and spread.isfinite():
+                noise = normal(centre.shape, self.generator)
+                self.settled[mean] = centre + 0.3 * spread.sqrt() * noise
+                self.settled[variance] = spread * around_one(centre.shape, self.generator)
+        centre, spread = self.settled.get(mean, norm.mean), self.settled.get(variance, norm.variance)
+        return torch.nn.functional.batch_norm(norm.x, centre, spread, norm.weight, norm.bias, False, 0.0, norm.epsilon)
 
 
 def outputs(
@@ -274,14 +315,14 @@ def outputs(
     args: Sequence[Any],
     named: Mapping[str, Any],
     *,
+    mode: TorchFunctionMode | None = None,
     differentiable: bool = False,
 ) -> list[Tensor]:
-    """All floating-point tensors that the network returns."""
+    """All floating-point tensors that the network returns, under a mode of torch's functions."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        through = ThroughStatistics() if differentiable else contextlib.nullcontext()
-        with torch.set_grad_enabled(differentiable), InDouble(), through:
+        with torch.set_grad_enabled(differentiable), InDouble(), mode or contextlib.nullcontext():
             # Cloned, since a network may work in place on what it is given.
             args, named = pytree.tree_map(copy_of, (tuple(args), dict(named)))
             result = functional_call(network, dict(state), args, dict(named), tie_weights=False)
@@ -342,7 +383,7 @@ class Sample:
         leaves = {name: moved[name].detach().clone().requires_grad_() for name in names}
         state = {**moved, **leaves, **{alias: leaves[name] for name in names for alias in names[name]}}
         try:
-            found = outputs(self.network, state, self.args, self.named, differentiable=True)
+            found = outputs(self.network, state, self.args, self.named, mode=ThroughStatistics(), differentiable=True)
             seen = []
             for x in (x for x in found if x.numel() and x.requires_grad):
                 direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
@@ -380,7 +421,9 @@ def draw(network: nn.Module, symmetry: Symmetry, inputs: Any, rng: np.random.Gen
     for _ in range(DRAWS):
         state = fresh_weights(network, symmetry, rng)
         args, named = fresh_inputs(inputs, rng)
-        expected = outputs(network, state, args, named)
+        settling = Settling(state, torch.Generator().manual_seed(int(rng.integers(2**62))))
+        expected = outputs(network, state, args, named, mode=settling)
+        state = {**state, **settling.settled}
         if any(x.abs().max() > 0 for x in expected if x.numel()) and all(x.isfinite().all() for x in expected):
             return Sample(network, state, args, named, expected)
     raise SymmetryError("the model's outputs are zero or not finite on random weights: nothing can be proved")

@@ -33,11 +33,12 @@ def labelled_together(node: fx.Node, shape: Sequence[int]) -> Groups:
     if len(shape) == 3 and len(users) == 1:
         order, last, user = [0, 1, 2], node, users[0]
         while name_of(user) in ("aten.transpose", "aten.permute", "aten.contiguous", "aten.to"):
+            arguments: Any = user.args
             if name_of(user) == "aten.transpose":
-                a, b = (d % 3 for d in user.args[1:3])  # type: ignore[operator]
+                a, b = arguments[1] % 3, arguments[2] % 3
                 order[a], order[b] = order[b], order[a]
             elif name_of(user) == "aten.permute":
-                order = [order[d % 3] for d in user.args[1]]  # type: ignore[union-attr, operator]
+                order = [order[d % 3] for d in arguments[1]]
             after = [each for each in user.users if returns(each)]
             if len(after) != 1:
                 return alone
@@ -71,13 +72,14 @@ def name_of(node: fx.Node) -> str:
 
 def picks_a_part(user: fx.Node, node: fx.Node) -> bool:
     """Whether a node takes whole parts of a stack along its first dimension, by a number or by chosen numbers."""
-    if user.args[0] is not node:
+    arguments: Any = user.args
+    if not arguments or arguments[0] is not node:
         return False
     if name_of(user) == "aten.select":
-        return user.args[1] == 0
+        return arguments[1] == 0
     if name_of(user) == "aten.unbind":
-        return len(user.args) < 2 or user.args[1] == 0
-    indices: Any = user.args[1] if name_of(user) == "aten.index" else ()
+        return len(arguments) < 2 or arguments[1] == 0
+    indices: Any = arguments[1] if name_of(user) == "aten.index" else ()
     return len(indices) == 1 and isinstance(indices[0], fx.Node) and is_chosen(indices[0])
 
 
@@ -85,8 +87,9 @@ def is_chosen(node: fx.Node) -> bool:
     """Whether a tensor holds the indices that `topk` found, perhaps reshaped."""
     while node.op == "call_function" and isinstance(node.target, OpOverload) and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
-    source = node.args[0] if node.op == "call_function" and len(node.args) == 2 else None
-    return isinstance(source, fx.Node) and name_of(source) == "aten.topk" and node.args[1] == 1
+    arguments: Any = node.args if node.op == "call_function" and len(node.args) == 2 else (None, None)
+    source, which = arguments
+    return isinstance(source, fx.Node) and name_of(source) == "aten.topk" and which == 1
 
 
 def roles_in(user: fx.Node, node: fx.Node) -> Groups | None:

@@ -35,6 +35,7 @@ def index(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     examples = [i.meta.get("val") for i in node.all_input_nodes[1:]]
     if any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in examples):
         return NotImplemented  # a mask: how many are chosen depends on the data
+    freeze_names(tracing.units, x)
     dims = [d for d, i in enumerate(a.indices) if i is not None]
     if len(dims) == 1 and (names := a.indices[dims[0]].names) is not None:
         choice = choose(tracing, x, dims[0], names, a.indices[dims[0]].shape)

@@ -60,7 +60,8 @@ def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
         moved = relabelled(tracing, x, shape_only, results)
         if x.names is None:
             return moved
-        step = f"{op} {[item for item in rest.values() if not isinstance(item, Value)]}"
+        told = map_aggregate(rest, lambda item: (*item.shape, item.tolist()) if isinstance(item, Tensor) else item)
+        step = f"{op} {told}"
         return replace(moved, names=Names(x.names.ids, (*x.names.history, step)))
     if x.names is not None:
         freeze_names(tracing.units, x)
