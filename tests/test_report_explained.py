@@ -814,6 +814,8 @@ def browse(folder: Path, width: int) -> dict[str, Any]:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 def test_in_a_browser(tmp_path):
     report, features = example(spaces=3, shown=6, strip=2)
+    for entry in report["explain"]["spaces"][1]["gallery"][1:3]:
+        report["explain"]["spaces"][1]["per_unit"]["label"][entry["unit"]] = "lost"
     write_run(tmp_path, report, features)
     found = browse(tmp_path, 390)
     first, second, third = ([f"Layer {name}.weight"] for name in LAYERS[:3])

@@ -393,10 +393,11 @@ def describe_space(own: SpaceUnits, ratios: Mapping[str, float | None], gallery:
     crossed = None
     if shown and shown[0].cross_activation:
         crossed = {
-            "merged": [middle(torch.tensor(each)) for each in zip(*(c.cross_activation for c in shown), strict=True)],
-            "naive": [
-                middle(torch.tensor(each)) for each in zip(*(c.naive_cross_activation for c in shown), strict=True)
-            ],
+            key: [float(torch.tensor(each).nanmedian()) for each in zip(*rows, strict=True)]
+            for key, rows in (
+                ("merged", [each.cross_activation for each in shown]),
+                ("naive", [each.naive_cross_activation for each in shown]),
+            )
         }
     overlaps = None
     if own.overlap is not None and own.shuffled_overlap is not None:
@@ -421,7 +422,7 @@ def describe_space(own: SpaceUnits, ratios: Mapping[str, float | None], gallery:
         "variance_ratio": dict(ratios),
         "cross_activation": crossed,
         "per_unit": {
-            "sources": own.sources.tolist(),
+            "sources": [[unit if unit >= 0 else None for unit in row] for row in own.sources.tolist()],
             "label": list(own.labels),
             "r_matched": own.matched.tolist(),
             "r_models": own.merged.tolist(),

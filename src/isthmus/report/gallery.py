@@ -251,7 +251,10 @@ def _at(values: Any, unit: int) -> Any:
     return values[unit] if isinstance(values, list) and 0 <= unit < len(values) else None
 
 
-def _own_units(sources: Any, unit: int, mixed: bool) -> list[str | None]:
+def _own_units(sources: Any, unit: int, mixed: bool) -> list[str]:
     """Which unit of each model stands in a slot of the common frame, or, where units are mixed, counts most there."""
     numbers = [figures.finite(_at(row, unit)) for row in sources or []]
-    return [None if number is None else f"{'mostly ' if mixed else ''}its unit {number:.0f}" for number in numbers]
+    return [
+        "none of its units" if number is None else f"{'mostly ' if mixed else ''}its unit {number:.0f}"
+        for number in numbers
+    ]
