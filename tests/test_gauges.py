@@ -13,6 +13,7 @@ import isthmus
 from isthmus.errors import SymmetryError
 from isthmus.gauges import balancing_factors, random_factors, rescaled
 from isthmus.symmetry import Gauge, Symmetry
+from isthmus.trace.proof import double, fresh_inputs, outputs
 from pairs import MLP, VGG_BN, fresh, inputs_of, stir, symmetry
 from refusals import refuses
 from zoo import ZOO, built, traced
@@ -52,18 +53,15 @@ def test_gauges_are_found_by_evidence(name):
 
 @pytest.mark.parametrize("name", [name for name in ZOO if traced(name).gauges])
 def test_factors_keep_the_function(name):
-    model, sym = copy.deepcopy(built(name)).double().eval(), traced(name)
-    args, kwargs = model.inputs()
-    args, kwargs = [x.double() for x in args], {key: x.double() for key, x in kwargs.items()}
-    state = rescaled(model.state_dict(), sym, random_factors(sym, np.random.default_rng(0)))
-    assert any(not torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    moved = copy.deepcopy(model)
-    moved.load_state_dict(state)
-    canonical = isthmus.canonicalise(model, sym)
-    with torch.no_grad():
-        expected = model(*args, **kwargs)
-        torch.testing.assert_close(moved(*args, **kwargs), expected, rtol=ROUNDING, atol=ROUNDING)
-        torch.testing.assert_close(canonical(*args, **kwargs), expected, rtol=ROUNDING, atol=ROUNDING)
+    model, sym = double(built(name)), traced(name)
+    args, kwargs = fresh_inputs(model.inputs(), np.random.default_rng(1))
+    state = model.state_dict()
+    moved = rescaled(state, sym, random_factors(sym, np.random.default_rng(0)))
+    assert any(not torch.equal(tensor, moved[key]) for key, tensor in state.items())
+    expected = outputs(model, state, args, kwargs)
+    for other in (moved, isthmus.canonicalise(model, sym).state_dict()):
+        for found, wanted in zip(outputs(model, other, args, kwargs), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
 def wavy() -> nn.Module:

@@ -105,6 +105,7 @@ def verify(
     if not inputs and not kwargs:
         raise InputError("no example input: give verify one batch of inputs, as the model's forward takes them")
     rng = np.random.default_rng(seed)
+    more = np.random.default_rng([seed, 1])  # of its own, so that the same permutations are tried whatever else is
     network = double(model)
     tolerance = rounding(symmetry, torch.finfo(torch.float64).eps)
     if any(space.group is Group.INVERTIBLE for space in symmetry):
@@ -112,7 +113,7 @@ def verify(
     worst = 0.0
     for _ in range(trials):
         sample = draw(network, symmetry, (inputs, dict(kwargs or {})), rng)
-        for transforms in draw_transforms(symmetry, rng):
+        for transforms in draw_transforms(symmetry, rng, more):
             error = sample.change(moved_by(transforms, sample.state, symmetry))
             worst = max(worst, error)
             allowed = tolerance if error <= tolerance else tolerance * max(1.0, sample.sensitivity(rng))
@@ -122,7 +123,7 @@ def verify(
                     f"{error:.1e} (rounding explains {allowed:.1e}): this symmetry is wrong, do not use it"
                 )
         if symmetry.gauges:
-            error = sample.change(rescaled(sample.state, symmetry, random_factors(symmetry, rng)))
+            error = sample.change(rescaled(sample.state, symmetry, random_factors(symmetry, more)))
             worst = max(worst, error)
             allowed = tolerance if error <= tolerance else tolerance * max(1.0, sample.sensitivity(rng))
             if not error <= allowed:
@@ -465,11 +466,19 @@ def control(
     return changes
 
 
-def draw_transforms(symmetry: Symmetry, rng: np.random.Generator) -> list[dict[str, Transform]]:
-    """Random permutations of all spaces, and, where some space allows more, random elements of all spaces' groups."""
+def draw_transforms(
+    symmetry: Symmetry, rng: np.random.Generator, more: np.random.Generator
+) -> list[dict[str, Transform]]:
+    """Random permutations of all spaces, and, where some space allows more, random elements of all spaces' groups.
+
+    Args:
+        symmetry: The spaces.
+        rng: Draws permutations.
+        more: Draws what is no permutation.
+    """
     drawn: list[dict[str, Transform]] = [{space.name: Permutation.random(space, rng) for space in symmetry}]
     if any(space.group is not Group.PERMUTATION for space in symmetry):
-        drawn.append({space.name: random_element(space, rng) for space in symmetry})
+        drawn.append({space.name: random_element(space, more) for space in symmetry})
     return drawn
 
 
