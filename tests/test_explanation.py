@@ -205,7 +205,8 @@ def test_linear_maps(method, bench, tmp_path):
         assert max(space["correlation"]["merged"]) > space["correlation"]["before"] + 0.1
         sources = space["per_unit"]["sources"]
         assert all(source is None or 0 <= source < space["units"] for row in sources for source in row)
-        # Only units that were chosen singly, or zipped within one model, leave a slot to one model, and then nothing of the other is shown in it.
+        # Only units that were chosen singly, or zipped within one model, leave a slot to one model;
+        # nothing of the other is shown in it.
         assert method in ("zipit", "subset_selection") or None not in (*sources[0], *sources[1])
         for unit, entry in pictures[space["name"]]["units"].items():
             there = [name for name, row in zip("AB", sources, strict=True) if row[int(unit)] is not None]
