@@ -1502,6 +1502,7 @@ class GroupedQueries(Net):
 class MultiheadModule(Net):
     sample_shape = (4, 3)
     spaces = (4, 2, (2, 2), (2, 2))
+    larger = ("invertible", "orthogonal")
 
     def __init__(self):
         super().__init__()

@@ -41,6 +41,8 @@ def heads_of(x, heads=HEADS):
 class Block(nn.Module):
     """A residual stream of six units around what `attend` does with queries, keys and values."""
 
+    key_heads = HEADS
+
     def __init__(self, bias=True):
         super().__init__()
         self.stem, self.head = nn.Linear(D, D), nn.Linear(D, 2)
