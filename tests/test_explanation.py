@@ -16,7 +16,7 @@ import isthmus
 from isthmus.checkpoint import load_module
 from isthmus.data import load_data
 from isthmus.errors import CheckpointError, DataError, InputError, IsthmusError
-from isthmus.explanation import Wishes, divided, explain_run, with_biases
+from isthmus.explanation import Wishes, explain_run, with_biases
 from isthmus.models import load_model
 from isthmus.pipeline import run_merge
 from isthmus.recipe import Alignment, Data, Member, Recipe
@@ -337,13 +337,12 @@ def test_no_units_draws_none(bench, tmp_path):
     assert all(space["gallery"] == [] for space in told["spaces"])
 
 
-def test_samples_are_divided_for_what_holds_some_out():
+def test_samples_are_halved_for_what_holds_some_out():
     batches = load_data("digits").train(500, seed=0).take(300)
-    parts = divided(batches)
+    parts = batches.halved()
     assert [len(x) for x, _ in parts] == [150, 150]
     assert torch.equal(torch.cat([x for x, _ in parts]), torch.cat([x for x, _ in batches]))
-    assert [len(x) for x, _ in divided(batches.take(1))] == [1]
-    assert divided(load_data("digits").train(100).take(300)).batch_size == 100
+    assert [len(x) for x, _ in batches.take(1).halved()] == [1]
 
 
 # ---- folders that are not as they were

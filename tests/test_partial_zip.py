@@ -24,6 +24,8 @@ GROUPS = "resnet20?width=0.5&norm=group"
 SOME = [MLP, CNN, GROUPS]
 # A space that no activations stand for, and a network that is captured in one precision only.
 UNREADABLE = {"ConcatZeros", "PaddedTwice", "Repeat", "RepeatInterleave", "FactorisedWeight", "LowRankUpdate"}
+# A write in place across the border, which is refused (below).
+UNREADABLE |= {"WrittenIntoZeros"}
 WHOLE = sorted(set(STRUCTURES) - UNREADABLE - {"Functional", "CastInside"})
 
 

@@ -265,4 +265,4 @@ def test_a_vision_transformer_is_merged_and_drawn(tmp_path, capsys):
 def test_inspect_knows_what_a_language_model_reads(capsys):
     code, printed, _ = run(capsys, "inspect", GPT, "--json")
     assert code == 0
-    assert json.loads(printed)["input"] == [6]
+    assert json.loads(printed)["input"] == {"0": [6]}

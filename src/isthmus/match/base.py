@@ -124,8 +124,8 @@ def folds(method: Match) -> bool:
 def solve(method: Match, problem: Problem) -> Alignment:
     """The alignment by a method; where it may use linear maps, it sees models whose norms' gains are folded.
 
-    A gain of each unit commutes with permutations alone. Folded, it leaves a space the group that it claims; the
-    alignment notes that models have to be folded before they are moved.
+    A gain of each unit commutes with permutations alone. Folded, it leaves a space the group that it claims; an alignment
+    that holds more than permutations notes that models have to be folded before they are moved.
 
     Raises:
         IsthmusError: What the method raises, or a gain that cannot be folded.
@@ -134,7 +134,8 @@ def solve(method: Match, problem: Problem) -> Alignment:
         return method(problem)
     models = [fold_norm_gains(model, problem.own_symmetry(index)) for index, model in enumerate(problem.models)]
     folded = Problem(models, problem.symmetry, problem.data, problem.seed, problem.symmetries)
-    return replace(method(folded), folded=True)
+    found = method(folded)
+    return found if found.is_exact else replace(found, folded=True)
 
 
 def identity_transforms(symmetry: Symmetry) -> dict[str, Transform]:

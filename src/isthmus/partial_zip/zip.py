@@ -32,7 +32,7 @@ from isthmus.transform import (
 
 
 def partial_zip(
-    models: Sequence[nn.Module],
+    models: Sequence[nn.Module | Mapping[str, Tensor]],
     data: Any = None,
     stop: str | None = None,
     *,
@@ -47,7 +47,7 @@ def partial_zip(
     `PartialZip.reset` measures them too.
 
     Args:
-        models: Modules whose spaces below `stop` are the same.
+        models: Modules whose spaces below `stop` are the same; state dicts are refused, having no architecture.
         data: Re-iterable batches that every model takes; inputs of all models' tasks are best.
         stop: Name of the first space, in the order of the first model's symmetry, that is not merged any more. None
             merges all spaces: only what lies in no space, such as the last layer's outputs, is every model's own.
