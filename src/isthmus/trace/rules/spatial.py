@@ -8,7 +8,7 @@ import numpy as np
 from torch import fx
 
 from isthmus.trace.execute import Rule, Tracing, output_shapes
-from isthmus.trace.labels import SCALE, WILDCARD, Value, pin, rigid_layers, simplify, support, with_rigid
+from isthmus.trace.labels import SCALE, WILDCARD, Value, canonical, pin, rigid_layers, simplify, support, with_rigid
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
 
 LINEAR = ("avg_pool", "upsample")
@@ -46,6 +46,7 @@ def pad(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     for index in range(len(a.pad) // 2):
         amounts[len(x.shape) - 1 - index] = (a.pad[2 * index], a.pad[2 * index + 1])
     padded = {d for d, amount in enumerate(amounts) if amount != (0, 0)}
+    is_border = mode == "constant" and all(low >= 0 and high >= 0 for low, high in amounts)
     units = tracing.units
     layers = []
     renewed: set[int] = set()
@@ -54,10 +55,15 @@ def pad(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
         touched = set(support(layer)) & padded
         if not touched:
             layers.append(layer)
+        elif units.is_frozen(layer).all() and len(support(layer)) > 1 and is_border:
+            grown = [amounts[d] if d in support(layer) else (0, 0) for d in range(layer.ndim)]
+            inside = canonical(units, layer)
+            border = units.rigid(int(np.unique(inside).size) + 1)[-1]  # none of those inside
+            layers.append(np.pad(inside, grown, constant_values=border))
         elif units.is_frozen(layer).all():
             renewed |= touched
             layers += rigid_layers(units, x.shape, sorted(set(support(layer)) - touched))
-        elif mode == "constant" and all(low >= 0 and high >= 0 for low, high in amounts):
+        elif is_border:
             grown = [amounts[d] if d in support(layer) else (0, 0) for d in range(layer.ndim)]
             layers.append(np.pad(layer, grown, constant_values=WILDCARD))
             bordered |= touched
