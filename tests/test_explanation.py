@@ -226,7 +226,7 @@ def ratios(run: Path, spec: str, models, at: str = "pre") -> list[float]:
     """The variance of a run's units over its models', from the files alone."""
     parents = [with_biases(load_module(path, load_model(spec)).eval(), gained(run)) for path in models]
     network = load_module(run / "model.safetensors", parents[0]).eval()
-    scored = load_data("digits").test(100).take(100)
+    scored = load_data("digits").test(100, seed=0).take(100)
     sym = isthmus.trace(parents[0], next(iter(scored))[0][:2])
     moments = isthmus.collect([*parents, network], sym, scored, at=at)
     variances = [moments[space.name].deviation.square().mean(dim=1) for space in sym]

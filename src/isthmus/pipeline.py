@@ -21,6 +21,7 @@ from isthmus.data import DataSet
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.example import example_input, sample_shapes
 from isthmus.facts import (
+    WALKED_SAMPLES,
     describe_alignment,
     describe_coefficients,
     describe_proof,
@@ -204,8 +205,10 @@ def measure(
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None, dict[str, Any] | None]:
     """Scores of parents, ensemble, naive average and result on the test split, curves, and the simplex of three.
 
-    Three and more models: each line is walked at its ends and its middle only. Between three, the lines are the edges
-    of their triangle, so that its centre is the one place more.
+    Scores are of the whole test split; between the models, where dozens of networks are scored, of samples of it drawn at
+    random (`WALKED_SAMPLES`), which are the same at every place. Three and more models: each line is walked at its ends
+    and its middle only. Between three, the lines are the edges of their triangle, so that its centre is the one place
+    more.
     """
     if inputs.data is None:
         return None, None, None
@@ -226,10 +229,12 @@ def measure(
         scores["naive_mended"] = describe_score(evaluate(naive, test))
     if len(inputs.models) > MOST_MODELS_WALKED or not keeps_function(alignment):
         return scores, None, None
+    walked_on = inputs.data.test(seed=recipe.seed).take(WALKED_SAMPLES)
+    calibration = None if inputs.calibration is None else inputs.calibration.take(WALKED_SAMPLES)
     if len(inputs.models) == 3:
         moved = [apply(alignment, model, index) for index, model in enumerate(inputs.models)]
         walked = {
-            kind: walk_simplex(models, test, 3, "reset", inputs.calibration)
+            kind: walk_simplex(models, walked_on, 3, "reset", calibration)
             for kind, models in (("naive", inputs.models), ("aligned", moved))
         }
         curves = [
@@ -240,7 +245,7 @@ def measure(
     points = 11 if len(inputs.models) == 2 else 3
     still = align(inputs.models, alignment.symmetry, "identity")
     naive, aligned = (
-        pairwise_barriers(inputs.models, frame, test, inputs.calibration, points) for frame in (still, alignment)
+        pairwise_barriers(inputs.models, frame, walked_on, calibration, points) for frame in (still, alignment)
     )
     curves = [
         {"models": list(pair), "naive": naive[pair].to_dict(), "aligned": aligned[pair].to_dict()} for pair in naive

@@ -255,9 +255,11 @@ def test_other_methods_see_folded_models_too():
     data = [tokens(40, seed) for seed in range(3)]
     for method in ("procrustes", isthmus.match.CCA(gamma=0.1), "zipit", "ot_fusion"):
         found = isthmus.align(models, symmetry_of("rms"), method, data=data)
-        assert found.folded
+        # Of permutations, gains need no folding.
+        assert found.folded == (not found.is_exact)
+        assert found.folded or method in ("zipit", "ot_fusion")
         merged = isthmus.merge(models, found)
-        assert bool((merged.last.weight == 1).all())
+        assert bool((merged.last.weight == 1).all()) == found.folded
     permuted = isthmus.align(models, symmetry_of("rms"), "activation_matching", data=data)
     assert not permuted.folded
 

@@ -124,8 +124,8 @@ def folds(method: Match) -> bool:
 def solve(method: Match, problem: Problem) -> Alignment:
     """The alignment by a method; where it may use linear maps, it sees models whose norms' gains are folded.
 
-    A gain of each unit commutes with permutations alone. Folded, it leaves a space the group that it claims; an alignment
-    that holds more than permutations notes that models have to be folded before they are moved.
+    A gain of each unit commutes with permutations alone. Folded, it leaves a space the group that it claims; an
+    alignment that holds more than permutations notes that models have to be folded before they are moved.
 
     Raises:
         IsthmusError: What the method raises, or a gain that cannot be folded.
