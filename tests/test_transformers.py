@@ -87,7 +87,7 @@ def test_the_proof_holds(spec):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("spec", [ROPE, VIT])
+@pytest.mark.parametrize("spec", [pytest.param(ROPE, marks=pytest.mark.slow), VIT])
 def test_copies_merge_into_the_model_they_are_of(spec, method):
     model = lively(spec, 0)
     models = [model, copy.deepcopy(model)]
