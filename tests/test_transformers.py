@@ -87,7 +87,7 @@ def test_the_proof_holds(spec):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("spec", [ROPE, VIT])
+@pytest.mark.parametrize("spec", [pytest.param(ROPE, marks=pytest.mark.slow), VIT])
 def test_copies_merge_into_the_model_they_are_of(spec, method):
     model = lively(spec, 0)
     models = [model, copy.deepcopy(model)]
@@ -98,14 +98,27 @@ def test_copies_merge_into_the_model_they_are_of(spec, method):
         torch.testing.assert_close(merged(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", [TIED, pytest.param(ROPE, marks=pytest.mark.slow), VIT])
-def test_every_way_of_merging_is_scored_or_says_why_not(spec):
-    ways = [Fisher(samples=4) if name == "fisher" else name for name in AVERAGES]
+SEARCHED = [name for name in METHODS if name != "auto"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "methods", "averages"),
+    [
+        pytest.param(TIED, SEARCHED, ["mean", "task_arithmetic", "regmean"], id="gpt, every method"),
+        pytest.param(VIT, ["identity", "zipit"], list(AVERAGES), id="vit, every average"),
+        *(
+            pytest.param(spec, SEARCHED, list(AVERAGES), id=name, marks=pytest.mark.slow)
+            for name, spec in (("gpt, all", TIED), ("rope, all", ROPE), ("vit, all", VIT))
+        ),
+    ],
+)
+def test_every_way_of_merging_is_scored_or_says_why_not(spec, methods, averages):
+    ways = [Fisher(samples=4) if name == "fisher" else name for name in averages]
     found = isthmus.compare(
         pair(spec), data(spec), data(spec), traced(spec),
-        methods=[BRIEF.get(name, name) for name in METHODS if name != "auto"], averages=ways,
+        methods=[BRIEF.get(name, name) for name in methods], averages=ways,
     )  # fmt: skip
-    assert len(found.rows) == (len(METHODS) - 1) * len(AVERAGES) * 2  # no BatchNorm: nothing to reset
+    assert len(found.rows) == len(methods) * len(averages) * 2  # no BatchNorm: nothing to reset
     for row in found.rows:
         if row.loss is None:
             assert any(reason in row.note for reason in REASONS), row
