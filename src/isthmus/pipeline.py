@@ -205,9 +205,10 @@ def measure(
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None, dict[str, Any] | None]:
     """Scores of parents, ensemble, naive average and result on the test split, curves, and the simplex of three.
 
-    Scores are of the whole test split; between the models, where dozens of networks are scored, of samples of it drawn
-    at random (`WALKED_SAMPLES`), the same at every place. Three and more models: each line is walked at its ends and its
-    middle only. Between three, the lines are the edges of their triangle, so that its centre is the one place more.
+    Scores are of the whole test split. Between the models, where dozens of networks are scored, it is samples of it
+    drawn at random (`WALKED_SAMPLES`), the same at every place. Three and more models: each line is walked at its ends
+    and its middle only. Between three, the lines are the edges of their triangle, so that its centre is the one place
+    more.
     """
     if inputs.data is None:
         return None, None, None
