@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import isthmus
 from isthmus.data import load_data
-from isthmus.models import load_model, sample_shape
+from isthmus.models import load_model, sample_shape, sample_tokens
 from isthmus.transform import move_state
 from oracles import git_rebasin as oracle
 
@@ -32,6 +32,9 @@ NETWORKS = (
     "resnet20?width=0.25&norm=layer",
     "resnet20?width=0.25&norm=none",
     "resnet20?width=0.25&shortcut=conv3x3",
+    "gpt?width=16&vocabulary=11&block=8",
+    "gpt?width=16&vocabulary=11&block=8&positions=rope&norm=rms&mlp=gated&tied=true",
+    "vit?width=16&depth=2&image_size=8",
 )
 
 
@@ -108,10 +111,12 @@ def planted(model: nn.Module, sym: isthmus.Symmetry, seed: int) -> tuple[nn.Modu
 
 
 def inputs_of(model: nn.Module, samples: int, seed: int = 0) -> Tensor:
-    """Normal draws of the shape that the network takes."""
-    shape = sample_shape(model)
+    """Normal draws, or tokens, of the shape that the network takes."""
+    shape, tokens, generator = sample_shape(model), sample_tokens(model), torch.Generator().manual_seed(seed)
     assert shape is not None
-    return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(seed))
+    if tokens is not None:
+        return torch.randint(tokens, (samples, *shape), generator=generator)
+    return torch.randn(samples, *shape, generator=generator)
 
 
 @cache

@@ -180,6 +180,76 @@ def test_connect_draws_the_path(files, tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == {"report.json", "curve.svg", "curve.png"}
 
 
+ROWS = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, post):
+        super().__init__()
+        self.post, self.norm, self.up, self.down = post, nn.LayerNorm(12), nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x):
+        if self.post:
+            return self.norm(x + self.down(torch.relu(self.up(x))))
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+class Rows(nn.Module):
+    sample_shape = (1, 8, 8)
+
+    def __init__(self, post=False):
+        super().__init__()
+        self.stem, self.block, self.norm, self.head = nn.Linear(8, 12), Block(post), nn.LayerNorm(12), nn.Linear(12, 10)
+        for norm in (self.block.norm, self.norm):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+
+    def forward(self, x):
+        return self.head(self.norm(self.block(self.stem(x.squeeze(1)))).mean(1))
+"""
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """A folder with a pre-norm network of a module of its own, and two checkpoints of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows_of_pixels.py").write_text(ROWS)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        save_file(load_model("rows_of_pixels:Rows").state_dict(), tmp_path / f"{'ab'[seed]}.safetensors")
+    return tmp_path
+
+
+def test_one_command_merges_by_rotations(rows, capsys):
+    arguments = ["a.safetensors", "b.safetensors", "--model", "rows_of_pixels:Rows", "--method", "orthogonal_matching"]
+    code, _, error = run(capsys, "merge", *arguments, "--data", "digits", "-o", rows / "run")
+    assert (code, error) == (0, "")
+    report = json.loads((rows / "run" / "report.json").read_text())
+    assert report["method"]["folded"]
+    assert report["scores"]["aligned"] is not None
+    assert report["curves"][0]["aligned"]["losses"][0] == pytest.approx(report["curves"][0]["naive"]["losses"][0])
+    assert report["curves"][0]["aligned"]["losses"][-1] == pytest.approx(report["curves"][0]["naive"]["losses"][-1])
+    merged = load_file(rows / "run" / "model.safetensors")
+    assert bool((merged["norm.weight"] == 1).all())
+    code, _, error = run(capsys, "align", *arguments, "--data", "digits", "-o", rows / "moved")
+    assert (code, error) == (0, "")
+    x = torch.rand(3, 1, 8, 8)
+    for name in "ab":
+        before, after = load_model("rows_of_pixels:Rows").eval(), load_model("rows_of_pixels:Rows").eval()
+        before.load_state_dict(load_file(rows / f"{name}.safetensors"))
+        after.load_state_dict(load_file(rows / "moved" / f"{name}.safetensors"))
+        torch.testing.assert_close(after(x), before(x), rtol=1e-4, atol=1e-5)
+
+
+def test_inspect_says_why_a_stream_is_only_permuted(rows, capsys):
+    code, printed, _ = run(capsys, "inspect", "rows_of_pixels:Rows")
+    assert code == 0
+    assert "12 units, orthogonal fixing ones" in printed
+    assert "cannot be folded" not in printed
+    code, printed, _ = run(capsys, "inspect", "rows_of_pixels:Rows?post=true")
+    assert code == 0
+    assert "cannot be folded: aten.layer_norm" in " ".join(printed.split())
+
+
 def test_inspect_shows_spaces_and_proof(capsys):
     code, printed, _ = run(capsys, "inspect", ARCHITECTURE)
     assert code == 0
@@ -203,6 +273,61 @@ def test_train_then_merge_with_an_external_factory(tmp_path, capsys, monkeypatch
     assert code == 0, error
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert "proved" in printed
+
+
+LITTLE = ["--no-claims", "--units", "1", "--spaces", "1", "--steps", "1", "--images", "60"]
+
+
+def test_explain_adds_to_a_run_folder(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(capsys, *merge(files, "--data", "digits", "--samples", "200", "-o", out))[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, printed, error = run(capsys, "explain", out, *LITTLE)
+    assert (code, error) == (0, "")
+    for expected in ("60 images of digits (test split)", "features.4", "shared", "Matching, not averaging alone"):
+        assert expected in printed
+    assert {path.name for path in out.iterdir()} == {*before, "features.json"}
+    report = json.loads((out / "report.json").read_text())
+    assert report["explain"]["options"] == {
+        "images": 60, "units": 1, "spaces": 1, "method": "fourier", "steps": 1, "claims": False,
+    }  # fmt: skip
+    assert report["explain"]["claims"] == []
+    assert "were left out (--no-claims)" in (out / "report.html").read_text()
+    # The other way to print it; and what cannot be done leaves the folder as it is.
+    code, printed, error = run(capsys, "explain", out, "--no-claims", "--units", "0", "--images", "50", "--json")
+    assert (code, error) == (0, "")
+    assert json.loads(printed)["explain"]["data"]["images"] == 50
+    kept = {path.name: path.read_bytes() for path in out.iterdir()}
+    for more, told in (
+        (["--pictures", "macco"], "did you mean 'maco'"),
+        (["--images", "10"], "images 10"),
+        (["--unit", "2"], "--units"),
+    ):
+        code, printed, error = run(capsys, "explain", out, *more)
+        assert (code, printed) == (2, "")
+        assert told in error
+        assert error.count("\n") == 1
+    (out / "alignment.safetensors").write_bytes(kept["alignment.safetensors"][:100])
+    code, printed, error = run(capsys, "explain", out)
+    assert (code, printed, error.count("\n")) == (2, "", 1)
+    assert "alignment.safetensors" in error
+    kept["alignment.safetensors"] = kept["alignment.safetensors"][:100]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == kept
+
+
+def test_explain_refuses_what_is_no_explainable_run(files, tmp_path, capsys):
+    copied = tmp_path / "a.safetensors"
+    copied.write_bytes((files / "a.safetensors").read_bytes())
+    plain = ["merge", copied, files / "b.safetensors", "--model", ARCHITECTURE, "--no-verify"]
+    assert run(capsys, *plain, "-o", tmp_path / "bare")[0] == 0
+    assert run(capsys, *plain, "--data", "digits", "--samples", "100", "-o", tmp_path / "run")[0] == 0
+    copied.write_bytes((files / "c.safetensors").read_bytes())
+    for folder, told in (("none", "report.json"), ("bare", "without data"), ("run", "has changed")):
+        before = sorted((tmp_path / folder).glob("*"))
+        code, printed, error = run(capsys, "explain", tmp_path / folder)
+        assert (code, printed, error.count("\n")) == (2, "", 1)
+        assert told in error
+        assert sorted((tmp_path / folder).glob("*")) == before
 
 
 REFUSED = {
@@ -283,6 +408,7 @@ def test_the_installed_command_exits_with_two(tmp_path):
     assert done.stderr.startswith("isthmus: ")
 
 
+@pytest.mark.slow
 def test_demo_tells_the_whole_story(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, printed, error = run(capsys, "demo")
@@ -293,4 +419,13 @@ def test_demo_tells_the_whole_story(tmp_path, capsys, monkeypatch):
     assert report["scores"]["naive"]["accuracy"] < 0.5  # averaging fails
     assert report["scores"]["merged"]["accuracy"] > min(parents) - 0.05  # aligned and mended, it works
     assert report["curves"][0]["aligned"]["barrier"] < report["curves"][0]["naive"]["barrier"] / 2
+    told = report["explain"]
+    assert len(told["claims"]) == len(told["questions"]) == 5
+    # Deeper than the first space, matching keeps what averaging alone loses.
+    for space in told["spaces"][1:]:
+        assert min(space["correlation"]["merged"]) > max(space["correlation"]["naive"]) + 0.1
+        assert space["labels"]["lost"] < space["naive_labels"]["lost"]
+    page = (tmp_path / "runs" / "demo" / "report.html").read_text()
+    assert "What excites a unit" in page
+    assert page.count("<img") > 50
     assert "report.html" in printed

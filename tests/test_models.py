@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from isthmus.errors import ModelError
-from isthmus.models import MLP, VGG, ZOO, ResNet20, SmallCNN, load_model, sample_shape
+from isthmus.models import GPT, MLP, VGG, ZOO, ResNet20, SmallCNN, ViT, load_model, sample_shape, sample_tokens, window
 
 # Every structure the zoo can build, as small as it goes.
 SPECS = [
@@ -23,13 +23,21 @@ SPECS = [
     "resnet20?width=0.25&norm=group",
     "resnet20?width=0.25&norm=layer&shortcut=conv3x3",
     "resnet20?width=0.25&norm=none",
+    "gpt?width=8&heads=2&vocabulary=10&block=6",
+    "gpt?width=8&heads=2&vocabulary=10&block=6&positions=rope&norm=rms&mlp=gated",
+    "gpt?width=8&heads=2&vocabulary=10&block=6&tied=true&bias=true",
+    "vit?width=8&depth=2&heads=2&patch=8",
+    "vit?width=8&depth=2&heads=2&patch=8&norm=rms&mlp=gated",
 ]
 
 
 def batch(model: nn.Module, samples: int = 4) -> torch.Tensor:
     shape = sample_shape(model)
     assert shape is not None
-    return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(1))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        tokens = sample_tokens(model)
+        return torch.randn(samples, *shape) if tokens is None else torch.randint(tokens, (samples, *shape))
 
 
 def parameters(model: nn.Module) -> int:
@@ -45,8 +53,9 @@ def _seed():
 def test_a_sample_shape_gives_logits_that_depend_on_every_parameter(spec):
     model = load_model(f"zoo:{spec}")
     logits = model(batch(model))
-    assert logits.shape == (4, 3 if "classes=3" in spec else 10)
-    nn.functional.cross_entropy(logits, torch.arange(4) % 3).backward()
+    assert logits.shape == (4, *[6] * spec.startswith("gpt"), 3 if "classes=3" in spec else 10)
+    logits = logits.flatten(0, -2)
+    nn.functional.cross_entropy(logits, torch.arange(len(logits)) % 3).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -203,6 +212,44 @@ def test_sample_shape_is_none_or_checked():
             sample_shape(model)
 
 
+def test_tokens_are_known_by_their_number():
+    model = GPT(width=8, heads=2, vocabulary=5, block=7)
+    assert (sample_tokens(model), window(model)) == (5, 7)
+    assert (sample_tokens(SmallCNN()), window(SmallCNN())) == (None, None)
+    for wrong in (0, -1, 2.5, True, "5"):
+        model.sample_tokens = wrong
+        with pytest.raises(ModelError, match=r"GPT\.sample_tokens"):
+            sample_tokens(model)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_a_token_sees_those_before_it_and_where_they_stand(positions):
+    model = GPT(width=8, heads=2, vocabulary=5, block=6, positions=positions).eval()
+    for block in model.blocks:  # far from the initial weights, at which attention is nearly even
+        nn.init.normal_(block.attention.query.weight)
+        nn.init.normal_(block.attention.key.weight)
+    x = torch.tensor([[0, 1, 2, 3, 4, 0]])
+    later, swapped = x.clone(), x.clone()
+    later[0, 4] = 2
+    swapped[0, [0, 1]] = x[0, [1, 0]]
+    with torch.no_grad():
+        own, after, other = model(x), model(later), model(swapped)
+    torch.testing.assert_close(own[:, :4], after[:, :4])
+    assert not torch.allclose(own[:, 4:], after[:, 4:])
+    assert not torch.allclose(own[:, 2:], other[:, 2:], atol=1e-5)
+    with torch.no_grad():  # and a shorter text is a beginning
+        torch.testing.assert_close(model(x[:, :3]), own[:, :3])
+
+
+def test_attention_is_that_of_torch():
+    model = ViT(width=8, depth=1, heads=2, image_size=8)
+    attention = model.blocks[0].attention
+    x = torch.randn(3, 4, 8)
+    q, k, v = (f(x).view(3, 4, 2, 4).transpose(1, 2) for f in (attention.query, attention.key, attention.value))
+    read = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(3, 4, 8)
+    torch.testing.assert_close(attention(x), attention.output(read))
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
@@ -222,9 +269,18 @@ def test_sample_shape_is_none_or_checked():
         ("resnet20?norm=batsch", "norm='batsch' is unknown"),
         ("resnet20?shortcut=none", "shortcut='none' is unknown"),
         ("resnet20?width=-1", "width=-1"),
-        ("hf:gpt2", "the prefix hf: is not supported"),
-        ("timm:resnet18", "the prefix timm: is not supported"),
-        ("torchvision:resnet18", "the prefix torchvision: is not supported"),
+        ("hf:gpt2?layers=3", "a folder takes no arguments"),
+        ("pt2:nowhere", "there is no file 'nowhere'"),
+        ("nowhere.pt2", "there is no file 'nowhere.pt2'"),
+        ("bad_models.py.pt2", "cannot be read as an exported program"),
+        ("nowhere.pt2?width=2", "takes no arguments; leave out width="),
+        ("gpt?heads=3", "a positive multiple of heads=3"),
+        ("gpt?block=0", "block=0"),
+        ("gpt?positions=sine", "positions='sine' is unknown; take one of learned, rope"),
+        ("gpt?width=12&heads=4&positions=rope", "an odd number"),
+        ("gpt?norm=batch", "norm='batch' is unknown; take one of layer, rms"),
+        ("vit?mlp=relu", "mlp='relu' is unknown; take one of gelu, gated"),
+        ("vit?patch=5", "a multiple of patch=5"),
         ("bad_models2:linear", "did you mean 'bad_models'?"),
         ("nowhere.to.be.found:linear", "no module 'nowhere'"),
         ("bad_models:linaer", "did you mean 'linear'?"),
@@ -249,6 +305,7 @@ def test_a_wrong_spec_gets_one_line_that_helps(spec, says, tmp_path, monkeypatch
         "def fails(): raise ValueError('two\\nlines')\n"
         "def exits(): sys.exit(1)\n"
     )
+    (tmp_path / "bad_models.py.pt2").write_bytes(b"PK no archive")
     (tmp_path / "bad_import.py").write_text("import absent_dependency\n")
     (tmp_path / "bad_syntax.py").write_text("def linear(:\n")
     monkeypatch.chdir(tmp_path)

@@ -24,6 +24,8 @@ GROUPS = "resnet20?width=0.5&norm=group"
 SOME = [MLP, CNN, GROUPS]
 # A space that no activations stand for, and a network that is captured in one precision only.
 UNREADABLE = {"ConcatZeros", "PaddedTwice", "Repeat", "RepeatInterleave", "FactorisedWeight", "LowRankUpdate"}
+# A write in place across the border, which is refused (below).
+UNREADABLE |= {"WrittenIntoZeros"}
 WHOLE = sorted(set(STRUCTURES) - UNREADABLE - {"Functional", "CastInside"})
 
 
@@ -59,7 +61,11 @@ def test_where_nothing_is_zipped_every_head_is_its_model(name):
             assert torch.equal(output, model(x))
 
 
-@pytest.mark.parametrize("name", WHOLE)
+# Every third network by default, all of them among the slow ones: each is traced, cut and run several times.
+@pytest.mark.parametrize(
+    "name",
+    [name if number % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(WHOLE)],
+)
 def test_a_network_and_its_shuffled_copy_keep_their_answers_wherever_it_stops(name):
     model, batch = structure(name)
     sym = isthmus.trace(model, *batch.clone().args, kwargs=batch.clone().kwargs)

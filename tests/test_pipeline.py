@@ -9,7 +9,7 @@ from torch import nn
 
 from isthmus.data import load_data
 from isthmus.errors import CheckpointError, DataError, InputError
-from isthmus.inputs import example_input
+from isthmus.example import example_input
 from isthmus.models import load_model
 from isthmus.pipeline import run_align, run_connect, run_merge
 from isthmus.recipe import Alignment, Data, Member, Recipe, read_recipe
@@ -105,8 +105,8 @@ def test_connect_needs_two_models_and_data(tmp_path):
 
 def test_the_first_weight_suggests_an_input_and_it_is_said():
     model = nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    (batch,), assumed = example_input(model.eval(), None, None)
-    assert batch.shape[1] == 5
+    batch, assumed = example_input(model.eval(), None, None)
+    assert batch.args[0].shape[1] == 5
     assert "5" in assumed
 
 

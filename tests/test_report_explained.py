@@ -1,4 +1,4 @@
-"""The sections of a page that tell why a merge worked: what stands there, that it is harmless, and that it works.
+"""The sections of a page on an explained merge: what stands there, that it is harmless, and that it works.
 
 `example()` returns the report and the pictures of a run as `isthmus explain` leaves them; `write_example(folder)` makes
 their page.
@@ -22,10 +22,10 @@ from isthmus.errors import CheckpointError
 from isthmus.report import chart, write_report
 from isthmus.report.colours import DARK, LIGHT
 from isthmus.report.gallery import DATA_URI, show
-from isthmus.report.heatmap import draw_heatmap
+from isthmus.report.heatmap import BETWEEN, EDGE, ROOM, SCALE, cells_for, draw_heatmap, shorten
 from test_report import CHROMIUM, HOSTILE, REPORT, check, contrast, poisoned
 
-EXPLAINED = ["why", "layers", "directions", "alike", "units"]
+EXPLAINED = ["claims", "layers", "directions", "alike", "units"]
 THRESHOLDS = [index / 10 for index in range(10)]
 LAYERS = ("features.0", "features.4", "features.8", "features.11", "features.15", "features.18", "classifier.0", "neck")
 
@@ -97,7 +97,7 @@ def space_of(rng: np.random.Generator, name: str, depth: int, units: int, models
         "variance_ratio": {"naive": 0.45 / (1 + 0.3 * depth), "aligned": 0.9 / (1 + 0.1 * depth), "mended": 0.99},
         "cross_activation": {"merged": [0.93 for _ in models], "naive": [0.6 for _ in models]},
         "per_unit": {
-            "matched": other[0] if len(models) == 2 else other,
+            "sources": [list(range(units)), *other],
             "label": labels,
             "r_matched": matched,
             "r_models": r_models,
@@ -294,7 +294,7 @@ def test_sections_follow_the_path(made, page):
         "48.80 before matching, 40.80 after",
         "1.70 by the second-order Taylor estimate, 1.39 measured",
         "0.001 before matching, 0.073 after",
-        "share of the input along its top directions 59 %, by chance 10 %",
+        "share of the input along its top directions 59 %, by chance 10 %: 5.9 times as much",
         "it is a vector, not a matrix",
         "between layers of the same name",
         "image made to exite it".replace("exite", "excite"),
@@ -405,7 +405,7 @@ def test_sections_without_facts_are_left_out(made, page):
     report, features = made
     bare = with_explain(report, spaces=None, spectra=None, taylor=None, cka=None, claims=None, questions=None)
     names = [section["id"] for section in check(page(bare)).all("section")]
-    assert [name for name in names if name in EXPLAINED] == ["why"]
+    assert [name for name in names if name in EXPLAINED] == ["claims"]
     text = page(report)
     assert "<img" not in text
     assert "r with A" in text
@@ -594,6 +594,129 @@ def test_ticks_are_round_and_within(low, high):
     assert min(abs(mantissa - each) for each in (1, 2, 5, 10)) < 1e-6
 
 
+@pytest.mark.parametrize(("low", "high"), [(-0.07, 0.95), (0.0, 1.55), (0.0, 1.0), (-0.3, 0.0), (0.0, 0.0), (3.1, 3.2)])
+def test_axes_reach_at_most_a_fifth_of_a_step_beyond_their_values(low, high):
+    start, end, marks = chart.limits(low, high)
+    step = marks[1] - marks[0] if len(marks) > 1 else 1.0
+    slack = 1e-9 * max(abs(low), abs(high), 1.0)  # products of steps are rounded
+    assert start <= low + slack
+    assert end >= high - slack
+    assert end > start
+    assert low - start <= step / 5 + slack
+    assert high == low or end - high <= step / 5 + slack
+    assert all(start - slack <= mark <= end + slack for mark in marks)
+
+
+@pytest.mark.parametrize(
+    ("names", "short", "start", "end"),
+    [
+        (
+            ["features.0.weight", "features.4.weight", "head.weight"],
+            ["features.0", "features.4", "head"],
+            "",
+            ".weight",
+        ),
+        (["hidden.0.weight", "hidden.1.weight"], ["0", "1"], "hidden.", ".weight"),
+        (["a", "b.c"], ["a", "b.c"], "", ""),
+        (["a.a.a", "a.a"], ["a.a", "a"], "", ".a"),
+        (["one.weight"], ["one.weight"], "", ""),
+        ([], [], "", ""),
+    ],
+)
+def test_names_lose_only_what_all_share(names, short, start, end):
+    assert shorten(names) == (short, start, end)
+    assert [f"{start}{name}{end}" for name in short] == names
+
+
+@pytest.mark.parametrize("side", [1, 4, 9, 16, 30, 150])
+def test_three_maps_fit_into_a_row_or_stand_alone(side):
+    names = [f"stage.{index}" for index in range(side)]
+    cells = cells_for(names, side)
+    left = 24 + chart.LETTER * max(map(len, names))
+    three = SCALE * (left + 3 * EDGE + 3 * side * cells.size) + 2 * BETWEEN
+    assert cells.together == (side <= 16)
+    assert three <= ROOM + 1e-6 or not cells.together
+    assert side == 150 or SCALE * (left + EDGE + side * cells.size) <= ROOM
+
+
+def test_maps_of_other_rows_keep_their_names(made, page):
+    report, features = made
+    assert 'class="maps together"' in page(report, features)
+    other = [*copy.deepcopy(report["explain"]["cka"]), {**report["explain"]["cka"][0], "rows": ["x", "y", "z"]}]
+    assert 'class="maps"' in page(with_explain(report, cka=other), features)
+
+
+# ---- what was measured stands there
+
+
+def test_the_page_opens_on_the_deepest_drawn_space(made, page):
+    text = page(*made)
+    (select,) = re.findall(r'<label>Space <select class="choice"[^>]*>(.*?)</select>', text)
+    names = [space["name"] for space in made[0]["explain"]["spaces"]]
+    assert re.findall(r"<option( selected)?>([^<]+)", select) == [
+        ("", names[0]),
+        ("", names[1]),
+        (" selected", names[2]),
+    ]
+
+
+def test_barriers_orders_options_and_skipped_spaces_are_told(made, page):
+    more = {
+        "taylor": {"estimate": 1.7, "first_order": 0.2, "second_order": 1.5, "real": 1.39, "inputs": 1000},
+        "barriers": {"naive": 2.5, "weight_matching": 0.25},
+        "skipped": {"attention.rope": "no activations stand for it"},
+        "options": {"images": 2000, "units": 2, "method": "maco", "steps": None, "claims": True},
+    }
+    report = with_explain(made[0], **more)
+    report["explain"]["spectra"]["layers"][1]["unchanged"] = 3e-15
+    text = check(page(report, made[1])).text
+    for expected in (
+        "on 1,000 training inputs; the estimate’s orders: 0.20 and 1.50",
+        "naive 2.50, weight matching 0.25",
+        "1 space without figures",
+        "no activations stand for it",
+        "Explained with images 2000, units 2, method maco, claims yes.",
+        "changed by matching by at most 3.0 × 10",
+    ):
+        assert expected in text, expected
+
+
+def test_missing_claims_are_explained(made, page):
+    report = with_explain(made[0], claims=[], options={"claims": False})
+    assert "were left out (--no-claims)" in check(page(report)).text
+    report, _ = example(models=3, spaces=2, shown=3)
+    assert "are about two models; these are 3" in check(page(with_explain(report, claims=[]))).text
+
+
+def test_without_layers_the_matches_stand_with_the_spaces(made, page):
+    report = with_explain(made[0], spectra=None, taylor=None)
+    read = check(page(report, made[1]))
+    assert "directions" not in [section["id"] for section in read.all("section")]
+    assert read.text.count("Match of the units of") == 3
+
+
+def test_units_that_a_linear_map_mixed_are_told_so(made, page):
+    report = copy.deepcopy(made[0])
+    assert "mostly" not in check(page(report)).text
+    for space in report["symmetry"]["spaces"]:
+        space["moved"] = [None, None]
+    assert "mostly its unit" in check(page(report)).text
+
+
+def test_what_was_not_repaired_is_not_called_mended(made, page):
+    report = copy.deepcopy(made[0])
+    assert "aligned and mended" in check(page(report)).text
+    report["repair"] = None
+    assert "aligned and mended" not in check(page(report)).text
+    for space in report["explain"]["spaces"]:
+        space["variance_ratio"]["mended"] = space["variance_ratio"]["aligned"]
+    (words,) = (
+        svg["aria-label"] for svg in check(page(report)).all("svg") if "Variance of" in (svg.get("aria-label") or "")
+    )
+    assert "Aligned:" in words
+    assert "Merged:" not in words
+
+
 def test_thinned_lines_keep_their_ends():
     assert chart.thinned(5) == [0, 1, 2, 3, 4]
     kept = chart.thinned(10_000, 256)
@@ -603,7 +726,7 @@ def test_thinned_lines_keep_their_ends():
 
 def test_heatmap_draws_every_cell_once():
     values = [[0.0, 0.5, 1.0], [None, -0.2, 1.7]]
-    picture = draw_heatmap(["a", "b"], ["x", "y", "z"], values, ("A", "B"), "words")
+    picture = draw_heatmap(["a", "b"], ["x", "y", "z"], values, ("A", "B"), "words").field
     levels = {
         float(level): path.count("M") for level, path in re.findall(r'fill-opacity="([^"]+)" d="([^"]+)"', picture)
     }
@@ -691,17 +814,19 @@ def browse(folder: Path, width: int) -> dict[str, Any]:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 def test_in_a_browser(tmp_path):
     report, features = example(spaces=3, shown=6, strip=2)
+    for entry in report["explain"]["spaces"][1]["gallery"][1:3]:
+        report["explain"]["spaces"][1]["per_unit"]["label"][entry["unit"]] = "lost"
     write_run(tmp_path, report, features)
     found = browse(tmp_path, 390)
     first, second, third = ([f"Layer {name}.weight"] for name in LAYERS[:3])
     assert found["layers"] == [first, second, third, third, second, third, second]
-    assert found["spaces"] == [["Units of features.0"], ["Units of features.4"]]
+    assert found["spaces"] == [["Units of features.8"], ["Units of features.4"]]
     space = report["explain"]["spaces"][1]
     r, labels = space["per_unit"]["r_matched"], space["per_unit"]["label"]
     plain = [entry["unit"] for entry in space["gallery"]]
     assert found["plain"] == found["again"] == plain
     assert found["highest"] == sorted(plain, key=lambda unit: -r[unit])
-    assert found["lowest"] == found["highest"][::-1]
+    assert found["lowest"] == sorted(plain, key=lambda unit: r[unit])  # units of one score keep their order
     assert found["shared"] == [unit for unit in found["lowest"] if labels[unit] == "shared"]
     assert 0 < len(found["shared"]) < len(plain)
     assert found["status"] == f"{len(found['shared'])} of 6 chosen units shown"

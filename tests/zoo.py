@@ -285,6 +285,7 @@ class GroupNormsAtOdds(Net):
 
 class LayerNormBefore(Net):
     spaces = (5, 6)
+    larger = ("orthogonal fixing ones",)
 
     def __init__(self):
         super().__init__()
@@ -299,6 +300,8 @@ class LayerNormBefore(Net):
 
 
 class LayerNormAfter(LayerNormBefore):
+    larger = ()  # what is added to the stream has a gain of each unit
+
     def forward(self, x):
         x = self.norm(self.stem(x))
         x = self.last(x + self.down(F.gelu(self.up(x))))
@@ -307,6 +310,7 @@ class LayerNormAfter(LayerNormBefore):
 
 class RMSNorm(Chain):
     spaces = (5,)
+    larger = ("orthogonal",)
 
     def __init__(self):
         super().__init__(nn.Linear(3, 5), nn.RMSNorm(5), nn.Linear(5, 2))
@@ -541,6 +545,7 @@ class PatchMerging(Net):
 
     sample_shape = (2, 4, 3)
     spaces = (5, 4)
+    larger = ("orthogonal fixing ones",)
 
     def __init__(self):
         super().__init__()
@@ -1621,6 +1626,7 @@ class Attention(Net):
 
     sample_shape = (4, 3)
     spaces = (5, 2, (2, 3), (2, 3))
+    larger = ("invertible", "orthogonal")
     no_ops = ("key.bias",)  # it adds the same to all scores of a query
 
     def __init__(self):
@@ -1643,6 +1649,7 @@ class FusedAttention(Net):
 
     sample_shape = (4, 3)
     spaces = (5, 2, (2, 3), (2, 3))
+    larger = ("invertible", "orthogonal")
 
     def __init__(self):
         super().__init__()
@@ -1681,6 +1688,7 @@ class GroupedQueries(Net):
     sample_shape = (4, 3)
     # key heads; query heads in each; units of queries and keys; units of values
     spaces = (2, (2, 2), (2, 3), (2, 3))
+    larger = ("invertible", "orthogonal")
 
     def __init__(self):
         super().__init__()
@@ -1698,6 +1706,7 @@ class GroupedQueries(Net):
 class MultiheadModule(Net):
     sample_shape = (4, 3)
     spaces = (4, 2, (2, 2), (2, 2))
+    larger = ("invertible", "orthogonal")
 
     def __init__(self):
         super().__init__()

@@ -14,7 +14,9 @@ from isthmus.errors import (
     TraceError,
     TransformError,
 )
-from isthmus.fold import fold_batch_norms
+from isthmus.fold import fold_batch_norms, fold_norm_gains
+from isthmus.gauges import canonicalise
+from isthmus.groups import keeps_function
 from isthmus.match import align
 from isthmus.merge import merge
 from isthmus.moments import Moments, collect
@@ -22,7 +24,7 @@ from isthmus.partial_zip import PartialZip, partial_zip
 from isthmus.repair import repair
 from isthmus.score import Score, evaluate
 from isthmus.simplex import Plane, Simplex, walk_plane, walk_simplex
-from isthmus.symmetry import Frozen, Group, Site, Space, Symmetry
+from isthmus.symmetry import Frozen, Gain, Gauge, Group, Site, Space, Symmetry
 from isthmus.trace import Proof, trace, verify
 from isthmus.transform import Alignment, LinearMap, Permutation, apply
 
@@ -34,6 +36,8 @@ __all__ = [
     "CycleError",
     "DataError",
     "Frozen",
+    "Gain",
+    "Gauge",
     "Group",
     "InputError",
     "IsthmusError",
@@ -56,12 +60,15 @@ __all__ = [
     "align",
     "apply",
     "average",
+    "canonicalise",
     "collect",
     "compare",
     "connect",
     "cycle_error",
     "evaluate",
     "fold_batch_norms",
+    "fold_norm_gains",
+    "keeps_function",
     "match",
     "merge",
     "pairwise_barriers",

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from isthmus.errors import CheckpointError, InputError, ModelError
+from isthmus.models.hugging_face import from_file_names, is_hugging_face
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -105,6 +106,23 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return _read(source, _read_metadata)["metadata"]
 
 
+def load_weights(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors of a checkpoint under the names that a model has them by.
+
+    These are the file's own names, but for Hugging Face models, whose files may hold other names, shapes and orders of
+    rows than their modules do: a file for one is read as transformers reads it.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ModelError: a Hugging Face checkpoint does not fit the model.
+    """
+    state = load_state(path)
+    if not is_hugging_face(model):
+        return state
+    wrapper = _wrapping(state)
+    return from_file_names({name.removeprefix(wrapper): value for name, value in state.items()}, model, _quoted(path))
+
+
 def load_module(path: str | Path, model: nn.Module) -> nn.Module:
     """Returns a copy of a model, in eval mode, with the weights of a checkpoint.
 
@@ -113,7 +131,7 @@ def load_module(path: str | Path, model: nn.Module) -> nn.Module:
         ModelError: it does not fit the model.
     """
     where = _quoted(path)
-    state = check_state(load_state(path), model, where)
+    state = check_state(load_weights(path, model), model, where)
     if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
         raise ModelError(f"the model has no memory for {_named(empty)} (meta device); build it on the CPU")
     loaded = deepcopy(model)

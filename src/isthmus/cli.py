@@ -12,8 +12,6 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
-from rich.tree import Tree
 
 from isthmus.errors import InputError, IsthmusError
 from isthmus.recipe import Alignment, Data, Member, Recipe, read_recipe
@@ -35,12 +33,29 @@ UsageError: Any = typer.BadParameter.__bases__[0]
 # Options of the matching method are taken as they come, so that each method brings its own.
 METHOD_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-Model = Annotated[str, typer.Option("--model", help="zoo:NAME?key=value, or package.module:factory?key=value.")]
+SPEC = (
+    "zoo:NAME?key=value, package.module:factory?key=value, hf:DIRECTORY, timm:NAME?key=value, "
+    "torchvision:NAME?key=value or FILE.pt2."
+)
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help=f"The architecture: {SPEC} Not needed where all checkpoints are Hugging Face folders."
+    ),
+]
+NewModel = Annotated[str, typer.Argument(metavar="MODEL", help=SPEC)]
 DataName = Annotated[str | None, typer.Option("--data", help="A data set's name, or FILE.npz.")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of data sets; else $ISTHMUS_DATA.")]
 Samples = Annotated[int, typer.Option(help="Training samples for statistics and activations.")]
 Method = Annotated[str, typer.Option(help="Matching method; its own options may follow, as --restarts 10.")]
-Shape = Annotated[str | None, typer.Option("--input", help="Shape of one input sample, such as 3,32,32.")]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        help="Shape of one input sample, such as 3,32,32; or SHAPE:DTYPE, or SHAPE:DTYPE:BOUND for integers from 0 to "
+        "BOUND - 1, such as 128:int64:1000; or several inputs by name, such as 'ids=16:int64:1000; image=3,32,32'.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seeds everything random.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing run folder.")]
@@ -50,7 +65,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="zoo:NAME?key=value, or package.module:factory?key=value.")],
+    model: NewModel,
     data: DataName = None,
     data_dir: DataDir = None,
     shape: Shape = None,
@@ -59,6 +74,7 @@ def inspect(
 ) -> None:
     """Show a model's spaces, groups and sites; what is frozen, and why."""
     from isthmus.data import load_data
+    from isthmus.inspection import freeze_warnings, frozen_tree, space_tree
     from isthmus.pipeline import inspect_model
 
     loaded = None if data is None else load_data(data, data_dir)
@@ -70,8 +86,12 @@ def inspect(
     if report["assumed"]:
         console.print(f"assumed {escape(report['assumed'])}; --input sets it", style="yellow")
     console.print(space_tree(symmetry))
-    print_frozen(symmetry)
+    console.print(frozen_tree(symmetry))
+    if symmetry["untouched"]:
+        console.print(f"never used: {escape(', '.join(symmetry['untouched']))}", style="yellow")
     print_proof(report["proof"])
+    for line in freeze_warnings(symmetry):
+        console.print(f"warning: {escape(line)}", style="yellow")
     console.print(
         f"{symmetry['free_units']:,} free units; {100 * symmetry['moved_share']:.1f} % of the numbers can move"
     )
@@ -82,7 +102,7 @@ def inspect(
 def merge(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints, or one recipe (.yaml).")],
     out: Out,
-    model: Annotated[str | None, typer.Option("--model", help="The architecture; a recipe names it itself.")] = None,
+    model: Model = None,
     method: Method = "weight_matching",
     average: Annotated[
         str, typer.Option(help="How aligned weights are averaged; its options as --average.density 0.2.")
@@ -130,6 +150,11 @@ def merge(
     console.print(escape(report["verdict"]), style="bold")
     if report["repair"] is None and repair != "none" and data is None:
         console.print("no --data: BatchNorm statistics, if any, are averaged and not mended", style="yellow")
+    if report.get("left_out"):
+        console.print(
+            f"the parents do not agree on {escape(', '.join(report['left_out']))}: not copied, choose one yourself",
+            style="yellow",
+        )
     console.print(f"written to {escape(str(out))}: model.safetensors, report.html, recipe.yaml")
     return None
 
@@ -137,8 +162,8 @@ def merge(
 @app.command(context_settings=METHOD_OPTIONS)
 def align(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints of one architecture.")],
-    model: Model,
     out: Out,
+    model: Model = None,
     method: Method = "weight_matching",
     data: DataName = None,
     data_dir: DataDir = None,
@@ -167,7 +192,7 @@ def align(
 @app.command(context_settings=METHOD_OPTIONS)
 def connect(
     checkpoints: Annotated[list[str], typer.Argument(help="Two checkpoints of one architecture.")],
-    model: Model,
+    model: Model = None,
     data: DataName = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Folder for curve.json, curve.svg, curve.png.")
@@ -216,7 +241,7 @@ def connect(
 @app.command()
 def compare(
     checkpoints: Annotated[list[str], typer.Argument(help="Two or more checkpoints of one architecture.")],
-    model: Model,
+    model: Model = None,
     data: DataName = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Folder for compare.json, table.md, compare.svg, compare.png.")
@@ -302,7 +327,7 @@ def explain(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(help="zoo:NAME?key=value, or package.module:factory?key=value.")],
+    model: NewModel,
     data: Annotated[str, typer.Option("--data", help="A data set's name, or FILE.npz.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint to write (.safetensors).")],
     seed: Seed = 0,
@@ -394,18 +419,37 @@ def parse_names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip().replace("-", "_") for name in text.split(",") if name.strip()]
 
 
-def parse_shape(text: str | None) -> list[int] | None:
-    """The shape in a text such as `3,32,32`.
+def parse_shape(text: str | None) -> list[int] | str | None:
+    """The shape in a text such as `3,32,32`; a text that says more than a shape as it is, once it is found right.
 
     Raises:
-        InputError: It is no list of positive integers.
+        InputError: It describes no input.
     """
+    from isthmus.example import parse_input
+
     if text is None:
         return None
-    parts = text.replace("x", ",").split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise InputError(f"--input {text!r}: give the shape of one sample, such as 3,32,32")
-    return [int(part) for part in parts]
+    first, *others = parse_input(text)
+    plain = not others and (first.name, first.dtype) == (None, None)
+    return list(first.shape) if plain else text
+
+
+def find_architecture(paths: Sequence[str], model: str | None) -> str:
+    """The architecture that was named, else that of the Hugging Face folders which the checkpoints are.
+
+    Raises:
+        InputError: None was named, and not all checkpoints are such folders.
+    """
+    from isthmus.models import absolute_spec
+    from isthmus.models.hugging_face import describes_model
+
+    if model is not None:
+        return absolute_spec(model)
+    other = next((path for path in paths if not describes_model(Path(path))), None)
+    if other is not None or not paths:
+        told = f" ({other} is no Hugging Face folder, which would say)" if other is not None else ""
+        raise InputError(f"no architecture{told}: give --model zoo:NAME, module:factory, timm:NAME or hf:DIRECTORY")
+    return absolute_spec(f"hf:{paths[0]}")
 
 
 def build_recipe(
@@ -431,8 +475,7 @@ def build_recipe(
     averaging = {name.removeprefix("average."): value for name, value in options.items() if name.startswith("average.")}
     options = {name: value for name, value in options.items() if not name.startswith("average.")}
     check_option_names(method, options)
-    if model is None:
-        raise InputError("no architecture: give --model zoo:NAME or --model package.module:factory")
+    architecture = find_architecture(paths, model)
     if samples < 1:
         raise InputError(f"--samples {samples}: give a positive number")
     members = [Member(model=path) for path in paths]
@@ -446,7 +489,7 @@ def build_recipe(
     folder = None if data_dir is None else str(data_dir)
     recipe = Recipe(
         models=members,
-        architecture=model,
+        architecture=architecture,
         align=Alignment(method=method, options=options),
         data=None if data is None else Data(name=data, folder=folder, samples=samples),
         input=parse_shape(shape),
@@ -494,41 +537,6 @@ def print_json(report: Mapping[str, Any]) -> None:
     from isthmus.facts import finite
 
     sys.stdout.write(json.dumps(finite(report), ensure_ascii=False) + "\n")
-
-
-def space_tree(symmetry: Mapping[str, Any]) -> Tree:
-    """The spaces as a tree, children under their parents, each with its sites."""
-    root = Tree("spaces")
-    branches: dict[str | None, Tree] = {None: root}
-    for space in symmetry["spaces"]:
-        copies = f"{space['copies']} × " if space["copies"] > 1 else ""
-        branch = branches[space["parent"]].add(
-            f"{escape(space['name'])}  {copies}{space['size']} units, {space['group']}"
-        )
-        branches[space["name"]] = branch
-        for site in space["sites"]:
-            dims = ", ".join(str(d) for d in site["dims"])
-            branch.add(Text(f"{site['parameter']} [{dims}] {site['role']}", style="dim"))
-    return root
-
-
-def print_frozen(symmetry: Mapping[str, Any]) -> None:
-    """Prints what cannot move, grouped by reason."""
-    groups: dict[tuple[bool, str, str, str], list[str]] = {}
-    for item in symmetry["frozen"]:
-        place = (
-            f"{item['operation']} in {item['module'] or 'the model'}"
-            if item["operation"] and not item["expected"]
-            else ""
-        )
-        key = (item["expected"], item["reason"], place, "")
-        groups.setdefault(key, []).append(f"{item['parameter']}[{item['dim']}]")
-    for (expected, reason, place, _), items in sorted(groups.items()):
-        shown = ", ".join(items[:6]) + (f" and {len(items) - 6} more" if len(items) > 6 else "")
-        where = f" ({place})" if place else ""
-        console.print(f"frozen: {escape(reason)}{escape(where)}: {escape(shown)}", style=None if expected else "yellow")
-    if symmetry["untouched"]:
-        console.print(f"never used: {escape(', '.join(symmetry['untouched']))}", style="yellow")
 
 
 def print_proof(proof: Mapping[str, Any] | None) -> None:

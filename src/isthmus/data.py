@@ -34,6 +34,7 @@ CIFAR_FILES = {
     "cifar100": (["train.bin"], ["test.bin"], 2),
 }
 DIGITS_TEST = 360  # of 1,797
+BLOCK = 128  # characters in a window of text
 
 
 class Batches:
@@ -88,6 +89,11 @@ class Batches:
         """Returns the same batches stopped after the first `samples` samples (or all, if there are fewer)."""
         indices = self.indices[: max(samples, 0)]
         return Batches(self.x, self.y, self.batch_size, mean=self.mean, std=self.std, indices=indices)
+
+    def halved(self) -> "Batches":
+        """Returns the same samples in two batches."""
+        size = math.ceil(len(self.indices) / 2)
+        return Batches(self.x, self.y, size, mean=self.mean, std=self.std, indices=self.indices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,9 +164,14 @@ class DataSet:
         """
         return self._batches(self._parts(holdout)[1], batch_size, None)
 
-    def test(self, batch_size: int = 500) -> Batches:
-        """Returns batches of the test part: for the final number, never for a choice."""
-        return Batches(self.x_test, self.y_test, batch_size, mean=self.mean, std=self.std)
+    def test(self, batch_size: int = 500, *, seed: int | None = None) -> Batches:
+        """Returns batches of the test part: for the final number, never for a choice.
+
+        Args:
+            batch_size: samples a batch.
+            seed: shuffles once, for those who take only a part.
+        """
+        return Batches(self.x_test, self.y_test, batch_size, mean=self.mean, std=self.std, seed=seed)
 
     def train_indices(self, holdout: int = 0, indices: Int64[Tensor, " chosen"] | None = None) -> Int64[Tensor, " _"]:
         """Returns the training samples that are not held out, ascending; or those among `indices`, in their order.
@@ -188,7 +199,7 @@ class DataSet:
         return order[: count - holdout].sort().values, order[count - holdout :].sort().values
 
 
-def load_data(name: str | Path, folder: str | Path | None = None, *, block: int = 128) -> DataSet:
+def load_data(name: str | Path, folder: str | Path | None = None, *, block: int = BLOCK) -> DataSet:
     """Returns a data set by name, or from a FILE.npz with x_train, y_train, x_test and y_test.
 
     Names: digits (embedded in scikit-learn; 1,437 for training and 360 for test, fixed), mnist, fashion_mnist,

@@ -4,7 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -126,7 +126,7 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
     run = load_run(Path(folder))
     assert run.inputs.data is not None
     assert run.inputs.calibration is not None
-    scored = run.inputs.data.test(run.inputs.calibration.batch_size).take(wishes.images)
+    scored = run.inputs.data.test(run.inputs.calibration.batch_size, seed=run.recipe.seed).take(wishes.images)
     units = measure_units(run.inputs.models, run.alignment, run.merged, scored, naive=run.naive)
     ratios = variance_ratios(run, units, scored)
     gallery = draw(run, units, scored, wishes)
@@ -148,7 +148,9 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
             if pair and wishes.claims and spectra is not None
             else {"taylor": None, "claims": []}
         ),
-        "questions": [claim.to_dict() for claim in answer_questions(units.spaces, ratios)],
+        "questions": [
+            claim.to_dict() for claim in answer_questions(units.spaces, ratios, repaired=bool(run.report.get("repair")))
+        ],
         "cka": compare_layers(run, scored),
         "options": asdict(wishes),
     }
@@ -188,10 +190,15 @@ def load_run(folder: Path) -> Run:
         raise DataError(f"{folder} was merged without data: explaining reads units on it; merge again with --data")
     inputs = load_inputs(recipe)
     inputs.models = [model.float() for model in inputs.models]
-    example = tuple(x.float() if x.is_floating_point() else x for x in inputs.example)
-    symmetry = trace(inputs.models[0], *example)
+    example = inputs.example.mapped(lambda x: x.float() if x.is_floating_point() else x)
+    symmetry = trace(inputs.models[0], *example.args, kwargs=example.kwargs)
     alignment = Alignment.load(folder / "alignment.safetensors", symmetry)
-    merged = load_module(folder / "model.safetensors", with_biases(inputs.models[0], report.get("gained_biases") or []))
+    if gained := report.get("gained_biases"):
+        # With zeros in the same places the models compute what they did, in the graph of the network that came out.
+        inputs.models = [with_biases(model, gained) for model in inputs.models]
+        symmetry = trace(inputs.models[0], *example.args, kwargs=example.kwargs)
+        alignment = carried_over(alignment, symmetry)
+    merged = load_module(folder / "model.safetensors", inputs.models[0])
     plain = merge(inputs.models, None, "mean", recipe.coefficients)
     framed = merge(inputs.models, alignment, configure("average", "mean", AVERAGES), recipe.coefficients)
     still = align(inputs.models, symmetry, "identity")
@@ -224,6 +231,21 @@ def with_biases(model: nn.Module, names: list[str]) -> nn.Module:
         rows = weight.shape[1] * getattr(layer, "groups", 1) if getattr(layer, "transposed", False) else weight.shape[0]
         layer.bias = nn.Parameter(torch.zeros(rows))
     return grown
+
+
+def carried_over(alignment: Alignment, symmetry: Symmetry) -> Alignment:
+    """The same transforms, on the symmetry of models that have more tensors and the same spaces.
+
+    Raises:
+        CheckpointError: The spaces are others.
+    """
+    told = [
+        [(space.name, space.size, space.copies, space.parent) for space in each]
+        for each in (alignment.symmetry, symmetry)
+    ]
+    if sorted(told[0], key=str) != sorted(told[1], key=str):
+        raise CheckpointError("the biases that the repair put in change the model's spaces: merge with --repair reset")
+    return replace(alignment, symmetry=symmetry)
 
 
 def variance_ratios(run: Run, units: Units, scored: Batches) -> dict[str, dict[str, float | None]]:
@@ -288,10 +310,11 @@ def judge(run: Run, spectra: Spectra, scored: Batches) -> dict[str, Any]:
     ways: dict[str, Any] = {"weight_matching": "weight_matching", "activation_matching": "activation_matching"}
     if is_labelled(calibration):
         ways["ste"] = StraightThrough(start="identity")
+    fitting = calibration if len(calibration) > 1 else calibration.halved()  # ste holds a batch out
     alignments = {"naive": align(models, run.symmetry, "identity")}
     for name, way in progress(list(ways.items()), "matching in other ways"):
         own = run.alignment.method == name and not recipe.align.options and name != "ste"
-        alignments[name] = run.alignment if own else align(models, run.symmetry, way, calibration, recipe.seed)
+        alignments[name] = run.alignment if own else align(models, run.symmetry, way, fitting, recipe.seed)
     barriers, measured = {}, {}
     for name, alignment in progress(list(alignments.items()), "measuring barriers"):
         moved = [apply(alignment, model, index) for index, model in enumerate(models)]
@@ -370,10 +393,11 @@ def describe_space(own: SpaceUnits, ratios: Mapping[str, float | None], gallery:
     crossed = None
     if shown and shown[0].cross_activation:
         crossed = {
-            "merged": [middle(torch.tensor(each)) for each in zip(*(c.cross_activation for c in shown), strict=True)],
-            "naive": [
-                middle(torch.tensor(each)) for each in zip(*(c.naive_cross_activation for c in shown), strict=True)
-            ],
+            key: [float(torch.tensor(each).nanmedian()) for each in zip(*rows, strict=True)]
+            for key, rows in (
+                ("merged", [each.cross_activation for each in shown]),
+                ("naive", [each.naive_cross_activation for each in shown]),
+            )
         }
     overlaps = None
     if own.overlap is not None and own.shuffled_overlap is not None:
@@ -398,8 +422,7 @@ def describe_space(own: SpaceUnits, ratios: Mapping[str, float | None], gallery:
         "variance_ratio": dict(ratios),
         "cross_activation": crossed,
         "per_unit": {
-            "sources": own.sources.tolist(),
-            "matched": own.sources[1].tolist() if len(own.sources) > 1 else [],
+            "sources": [[unit if unit >= 0 else None for unit in row] for row in own.sources.tolist()],
             "label": list(own.labels),
             "r_matched": own.matched.tolist(),
             "r_models": own.merged.tolist(),

@@ -19,6 +19,10 @@ from isthmus.symmetry import Symmetry
 from isthmus.trace import Proof
 from isthmus.transform import Alignment, Permutation, flat_indices
 
+# Samples of the test split on which the networks between the models are scored, and on whose number of training samples
+# their statistics are re-estimated: a merge of two networks scores 44 such.
+WALKED_SAMPLES = 2000
+
 
 def provenance(recipe: Recipe, inputs: Inputs, command: str) -> dict[str, Any]:
     """What was run, on what, with which versions."""
@@ -28,6 +32,7 @@ def provenance(recipe: Recipe, inputs: Inputs, command: str) -> dict[str, Any]:
             "name": inputs.data.name,
             "score_split": "test",
             "score_samples": len(inputs.data.y_test),
+            "walked_samples": min(WALKED_SAMPLES, len(inputs.data.y_test)),
             "calibration_split": "train",
             "calibration_samples": min(recipe.data.samples, len(inputs.data.y_train)),
         }
@@ -56,6 +61,7 @@ def describe_alignment(recipe: Recipe, alignment: Alignment) -> dict[str, Any]:
         "converged": alignment.converged,
         "seconds": alignment.seconds,
         "details": dict(alignment.details),
+        "folded": alignment.folded,
     }
 
 
@@ -76,7 +82,7 @@ def describe_proof(proof: Proof | None) -> dict[str, Any] | None:
 def describe_symmetry(symmetry: Symmetry, alignment: Alignment | None = None) -> dict[str, Any]:
     """Spaces, frozen axes, and how many units of each space an alignment moved."""
     touched = sum(math.prod(symmetry.shapes[name]) for name in symmetry.sites)
-    everything = sum(math.prod(shape) for shape in symmetry.shapes.values())
+    everything = sum(math.prod(shape) for name, shape in symmetry.shapes.items() if name not in symmetry.tied)
     return {
         "free_units": symmetry.free_units,
         "moved_share": touched / everything if everything else 0.0,
@@ -96,6 +102,7 @@ def describe_symmetry(symmetry: Symmetry, alignment: Alignment | None = None) ->
         ],
         "frozen": [vars(item) for item in symmetry.frozen],
         "untouched": list(symmetry.untouched),
+        "gains": [{"parameter": gain.parameter, "obstacle": gain.obstacle} for gain in symmetry.gains],
     }
 
 
@@ -206,14 +213,22 @@ this model again.
 ## How to load it
 
 ```python
-from isthmus.checkpoint import load_module
-from isthmus.models import load_model
-
-model = load_module("model.safetensors", load_model("{recipe.architecture}"))
+{loading(recipe, report)}
 ```
 
 Open `report.html` for the figures and plots.
 """
+
+
+def loading(recipe: Recipe, report: Mapping[str, Any]) -> str:
+    """The lines of Python that load the model of a run folder."""
+    name = report.get("transformers_class")
+    if name:
+        return f'from transformers import {name}\n\nmodel = {name}.from_pretrained(".")'
+    return (
+        "from isthmus.checkpoint import load_module\nfrom isthmus.models import load_model\n\n"
+        f'model = load_module("model.safetensors", load_model("{recipe.architecture}"))'
+    )
 
 
 def describe_coefficients(recipe: Recipe, models: int) -> dict[str, Any]:

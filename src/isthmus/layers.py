@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, fx
 
 from isthmus.symmetry import Symmetry
+from isthmus.trace.capture import Program
 from isthmus.trace.execute import BatchNorm, Contraction
 from isthmus.transform import Transforms, move_site
 
@@ -59,17 +60,17 @@ class Layer:
 def layers_of(symmetry: Symmetry) -> list[Layer]:
     """All layers whose rows can be gathered, in the order in which the graph runs them.
 
-    A weight that several products share belongs to none.
+    A weight that several operations share, such as two products, or a tied head and embedding, belongs to none.
     """
     graph = symmetry.program
     nodes = {node.name: node for node in graph.program.graph.nodes}
     order = {name: index for index, name in enumerate(nodes)}
     norms = {norm.source: norm for norm in graph.batch_norms}
-    shared = [contraction.weight for contraction in graph.contractions]
+    shared = shared_weights(graph.program)
     found = []
     for contraction in sorted(graph.contractions, key=lambda each: order[each.node]):
         node = nodes[contraction.node]
-        if str(node.target) not in LINEAR + CONVOLUTIONS or shared.count(contraction.weight) > 1:
+        if str(node.target) not in LINEAR + CONVOLUTIONS or contraction.weight in shared:
             continue
         norm = norms.get(contraction.node)
         if norm is not None and (len(node.users) != 1 or None in (norm.weight, norm.bias, norm.mean, norm.variance)):
@@ -80,6 +81,16 @@ def layers_of(symmetry: Symmetry) -> list[Layer]:
         rectified = bool(last.users) and all(str(user.target) in RECTIFIERS for user in last.users)
         found.append(Layer(contraction, norm, output.name, stream, shortcut, rectified, node))
     return found
+
+
+def shared_weights(program: Program) -> set[str]:
+    """The tensors that more than one operation of the graph reads."""
+    users: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if node.name in program.parameters:
+            name = program.parameters[node.name]
+            users[name] = users.get(name, 0) + len(node.users)
+    return {name for name, count in users.items() if count > 1}
 
 
 def stream_of(output: fx.Node, order: Mapping[str, int], position: int) -> tuple[str | None, str | None]:

@@ -11,11 +11,14 @@ from isthmus.average import AVERAGES
 from isthmus.average.base import Aligned, Average
 from isthmus.average.coefficients import Given, check_coefficients
 from isthmus.errors import DataError, InputError
+from isthmus.fold import fold_norm_gains
+from isthmus.gains import fold_state
 from isthmus.members import as_modules, as_own_modules
 from isthmus.moments import check_symmetry
 from isthmus.registry import configure
 from isthmus.running_statistics import running_statistics
 from isthmus.symmetry import Symmetry
+from isthmus.trace.capture import tied_names
 from isthmus.transform import Alignment, LinearMap, Transforms, move_state
 
 
@@ -53,7 +56,8 @@ def merge(
         DataError: The average needs data and got none.
         InputError: Unequal numbers of models, transforms and coefficients, coefficients of a path where no tensor
             lies, a missing base, or an unknown average.
-        ModelError: The models are not of one architecture, or hold NaN or infinite weights.
+        ModelError: The models are not of one architecture, hold NaN or infinite weights, or have a norm whose gain
+            cannot be folded as the alignment asks for.
         SymmetryError: Models of several widths are not those that were aligned.
         TransformError: The alignment does not fit the models.
     """
@@ -76,6 +80,8 @@ def merge(
             f"{configured.name} runs the models side by side, and these are of several widths: use average='mean'"
         )
     architecture = modules[alignment.frame if alignment is not None else 0]
+    if alignment is not None and alignment.folded:
+        modules = [fold_norm_gains(model, alignment.own_symmetry(index)) for index, model in enumerate(modules)]
     weights = check_coefficients(coefficients, len(modules), modules[0].state_dict())
     states = [upcast(model.state_dict()) for model in modules]
     undefined: set[str] = set()
@@ -86,8 +92,12 @@ def merge(
             for index, (state, transforms) in enumerate(zip(states, alignment.transforms, strict=True))
         ]
     base_state = None if base is None else upcast(as_modules([base], architecture)[0].state_dict())
+    if base_state is not None and alignment is not None and alignment.folded:
+        base_state = fold_state(base_state, alignment.symmetry)
     aligned = Aligned(states, weights, architecture, data, base_state, seed, modules, alignment)
     merged = configured(aligned)
+    # A tied tensor has several names, and the averages answer for its first: loading them all, the last would count.
+    merged |= {alias: merged[name] for alias, name in tied_names(architecture).items() if name in merged}
     undefined -= aligned.measured
     merged |= {name: torch.ones_like(merged[name]) for name in undefined}
     result = finish(architecture, merged, needs_repair=bool(undefined))

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -13,13 +12,16 @@ import torch
 from torch import nn
 
 from isthmus.average import AVERAGES
-from isthmus.checkpoint import hash_file, load_state, new_folder, save_state, write_text
+from isthmus.checkpoint import hash_file, load_weights, new_folder, save_state, write_text
+from isthmus.companions import copy_config, save_hugging_face
 from isthmus.compare import DEFAULT_AVERAGES, RAW, choose_methods, compare
 from isthmus.connect import connect
 from isthmus.cycles import cycle_error, pairwise_barriers
 from isthmus.data import DataSet
 from isthmus.errors import DataError, InputError, ModelError
+from isthmus.example import example_input, sample_shapes
 from isthmus.facts import (
+    WALKED_SAMPLES,
     describe_alignment,
     describe_coefficients,
     describe_proof,
@@ -31,10 +33,12 @@ from isthmus.facts import (
     spoken,
     verdict,
 )
-from isthmus.inputs import Inputs, example_input, load_inputs
+from isthmus.groups import keeps_function
+from isthmus.inputs import Inputs, load_inputs
 from isthmus.match import METHODS, Match, align
 from isthmus.merge import merge
-from isthmus.models import load_model
+from isthmus.models import absolute_spec, load_model
+from isthmus.models.hugging_face import is_hugging_face
 from isthmus.recipe import Recipe
 from isthmus.registry import configure
 from isthmus.repair import REPAIRS, repair
@@ -50,10 +54,18 @@ from isthmus.transform import Alignment, apply
 MOST_MODELS_WALKED = 5
 
 
+def trace_inputs(recipe: Recipe, inputs: Inputs) -> tuple[Symmetry, Proof | None]:
+    """The symmetry of the first model, and its proof unless the recipe leaves it out."""
+    model, example = inputs.models[0], inputs.example
+    symmetry = trace(model, *example.args, kwargs=example.kwargs)
+    if not recipe.verify:
+        return symmetry, None
+    return symmetry, verify(model, symmetry, *example.args, kwargs=example.kwargs, seed=recipe.seed)
+
+
 def prepare(recipe: Recipe, inputs: Inputs) -> tuple[Symmetry, Proof | None, Alignment]:
     """The symmetry, its proof unless the recipe leaves it out, and the alignment."""
-    symmetry = trace(inputs.models[0], *inputs.example)
-    proof = verify(inputs.models[0], symmetry, *inputs.example, seed=recipe.seed) if recipe.verify else None
+    symmetry, proof = trace_inputs(recipe, inputs)
     method = configure("matching method", recipe.align.method, METHODS, recipe.align.options)
     data = inputs.calibration if method.needs or method.name == "auto" else None
     return symmetry, proof, align(inputs.models, symmetry, method, data=data, seed=recipe.seed)
@@ -75,7 +87,7 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
         inputs = load_inputs(recipe)
         symmetry, proof, alignment = prepare(recipe, inputs)
         average = configure("average", recipe.merge_method, AVERAGES, recipe.parameters)
-        base = None if recipe.base_model is None else load_state(recipe.base_model)
+        base = None if recipe.base_model is None else load_weights(recipe.base_model, inputs.architecture)
         merged = merge(
             inputs.models, alignment, average, recipe.coefficients, data=inputs.calibration, base=base, seed=recipe.seed
         )
@@ -101,10 +113,14 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
         }
         report["seconds"] = time.perf_counter() - start
         report["verdict"] = verdict(report)
-        save_state(mended.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+        if is_hugging_face(mended):
+            report["transformers_class"] = type(mended).__name__
+            report["left_out"] = save_hugging_face(mended, recipe, folder, report["gained_biases"])
+        else:
+            save_state(mended.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+            copy_config(recipe.models[0].model, folder)
         alignment.save(folder / "alignment.safetensors")
         write_run(folder, recipe, report)
-        copy_config(recipe.models[0].model, folder)
         write_text(folder / "README.md", model_card(recipe, report))
     return report
 
@@ -122,8 +138,14 @@ def run_align(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
         inputs = load_inputs(recipe)
         symmetry, proof, alignment = prepare(recipe, inputs)
         names = aligned_names([member.model for member in recipe.models])
+        if is_hugging_face(inputs.architecture):
+            names = [name.removesuffix(".safetensors") for name in names]
         for index, (model, name) in enumerate(zip(inputs.models, names, strict=True)):
-            save_state(apply(alignment, model, index).state_dict(), folder / name, metadata={"format": "pt"})
+            moved = apply(alignment, model, index)
+            if is_hugging_face(moved):
+                save_hugging_face(moved, recipe, folder / name)
+            else:
+                save_state(moved.state_dict(), folder / name, metadata={"format": "pt"})
         alignment.save(folder / "alignment.safetensors")
         report = {
             **provenance(recipe, inputs, command),
@@ -133,9 +155,10 @@ def run_align(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
             "aligned": names,
         }
         report["seconds"] = time.perf_counter() - start
-        report["verdict"] = (
-            f"{len(names)} models aligned by {spoken(recipe.align.method)}; each computes the function it had before."
-        )
+        kept = "each computes the function it had before."
+        if not keeps_function(alignment):
+            kept = "its linear maps do not commute with nonlinearities, so they do not compute what they did before."
+        report["verdict"] = f"{len(names)} models aligned by {spoken(recipe.align.method)}; {kept}"
         write_run(folder, recipe, report)
     return report
 
@@ -146,7 +169,7 @@ def write_run(folder: Path, recipe: Recipe, report: Mapping[str, Any]) -> None:
         member.model_copy(update={"model": str(Path(member.model).resolve()), "sha256": entry["sha256"]})
         for member, entry in zip(recipe.models, report["models"], strict=True)
     ]
-    complete = recipe.model_copy(update={"models": members})
+    complete = recipe.model_copy(update={"models": members, "architecture": absolute_spec(recipe.architecture)})
     if recipe.data is not None and Path(recipe.data.name).suffix == ".npz":
         path = Path(recipe.data.name).resolve()
         complete.data = recipe.data.model_copy(update={"name": str(path), "sha256": hash_file(path)})
@@ -182,8 +205,10 @@ def measure(
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None, dict[str, Any] | None]:
     """Scores of parents, ensemble, naive average and result on the test split, curves, and the simplex of three.
 
-    Three and more models: each line is walked at its ends and its middle only. Between three, the lines are the edges
-    of their triangle, so that its centre is the one place more.
+    Scores are of the whole test split. Between the models, where dozens of networks are scored, it is samples of it
+    drawn at random (`WALKED_SAMPLES`), the same at every place. Three and more models: each line is walked at its ends
+    and its middle only. Between three, the lines are the edges of their triangle, so that its centre is the one place
+    more.
     """
     if inputs.data is None:
         return None, None, None
@@ -202,12 +227,14 @@ def measure(
             naive, inputs.calibration, recipe.repair, parents=inputs.models, coefficients=recipe.coefficients
         )
         scores["naive_mended"] = describe_score(evaluate(naive, test))
-    if len(inputs.models) > MOST_MODELS_WALKED or not alignment.is_exact:
+    if len(inputs.models) > MOST_MODELS_WALKED or not keeps_function(alignment):
         return scores, None, None
+    walked_on = inputs.data.test(seed=recipe.seed).take(WALKED_SAMPLES)
+    calibration = None if inputs.calibration is None else inputs.calibration.take(WALKED_SAMPLES)
     if len(inputs.models) == 3:
         moved = [apply(alignment, model, index) for index, model in enumerate(inputs.models)]
         walked = {
-            kind: walk_simplex(models, test, 3, "reset", inputs.calibration)
+            kind: walk_simplex(models, walked_on, 3, "reset", calibration)
             for kind, models in (("naive", inputs.models), ("aligned", moved))
         }
         curves = [
@@ -218,7 +245,7 @@ def measure(
     points = 11 if len(inputs.models) == 2 else 3
     still = align(inputs.models, alignment.symmetry, "identity")
     naive, aligned = (
-        pairwise_barriers(inputs.models, frame, test, inputs.calibration, points) for frame in (still, alignment)
+        pairwise_barriers(inputs.models, frame, walked_on, calibration, points) for frame in (still, alignment)
     )
     curves = [
         {"models": list(pair), "naive": naive[pair].to_dict(), "aligned": aligned[pair].to_dict()} for pair in naive
@@ -232,14 +259,6 @@ def aligned_names(paths: Sequence[str]) -> list[str]:
     if len(set(stems)) == len(stems) and "alignment" not in stems:
         return [f"{stem}.safetensors" for stem in stems]
     return [f"{index}-{stem}.safetensors" for index, stem in enumerate(stems)]
-
-
-def copy_config(source: str, folder: Path) -> None:
-    """Copies `config.json` from beside the first checkpoint, where there is one."""
-    path = Path(source)
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    if config.is_file():
-        shutil.copyfile(config, folder / "config.json")
 
 
 def run_connect(recipe: Recipe, *, points: int = 11, split: str = "test", raw: bool = False) -> dict[str, Any]:
@@ -307,9 +326,8 @@ def run_compare(
     inputs = load_inputs(recipe)
     assert inputs.data is not None
     assert inputs.calibration is not None
-    symmetry = trace(inputs.models[0], *inputs.example)
-    proof = verify(inputs.models[0], symmetry, *inputs.example, seed=recipe.seed) if recipe.verify else None
-    base = None if recipe.base_model is None else load_state(recipe.base_model)
+    symmetry, proof = trace_inputs(recipe, inputs)
+    base = None if recipe.base_model is None else load_weights(recipe.base_model, inputs.architecture)
     start = time.perf_counter()
     scored = inputs.data.test() if split == "test" else inputs.calibration
     comparison = compare(
@@ -349,7 +367,7 @@ def walk_cycles(method: Match, inputs: Inputs, symmetry: Symmetry, scored: Any, 
 
 
 def inspect_model(
-    architecture: str, shape: Sequence[int] | None, data: DataSet | None, *, prove: bool = True
+    architecture: str, shape: Sequence[int] | str | None, data: DataSet | None, *, prove: bool = True
 ) -> dict[str, Any]:
     """A model's spaces and frozen axes, and the proof that they are right.
 
@@ -364,13 +382,13 @@ def inspect_model(
         raise ModelError(f"{architecture} has no parameters: there is nothing to inspect")
     example, assumed = example_input(model, shape, data)
     start = time.perf_counter()
-    symmetry = trace(model, *example)
+    symmetry = trace(model, *example.args, kwargs=example.kwargs)
     traced = time.perf_counter() - start
-    proof = verify(model, symmetry, *example) if prove else None
+    proof = verify(model, symmetry, *example.args, kwargs=example.kwargs) if prove else None
     return {
         "isthmus": version("isthmus"),
         "model": architecture,
-        "input": list(example[0].shape[1:]),
+        "input": sample_shapes(example),
         "assumed": assumed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": traced,

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from isthmus.average import AVERAGES
 from isthmus.average.coefficients import lies_in
 from isthmus.errors import InputError
+from isthmus.example import parse_input
 from isthmus.match import METHODS
 from isthmus.registry import configure, did_you_mean
 from isthmus.repair import REPAIRS
@@ -63,7 +64,7 @@ class Recipe(Strict):
     repair: str | None = "reset"
     data: Data | None = None
     base_model: str | None = None
-    input: list[int] | None = None
+    input: list[int] | str | None = None
     dtype: str | None = None
     out_dtype: str | None = None
     seed: int = 0
@@ -98,6 +99,8 @@ class Recipe(Strict):
         for name in (self.dtype, self.out_dtype):
             if name is not None and name not in DTYPES:
                 raise InputError(f"no dtype {name!r}{did_you_mean(name, DTYPES)}: choose from {', '.join(DTYPES)}")
+        if isinstance(self.input, str):
+            parse_input(self.input)
         for chosen in (method, average):
             if chosen.needs in ("data", "labels") and self.data is None:
                 raise InputError(f"{chosen.name} needs data: give --data NAME or --data FILE.npz")

@@ -17,6 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 from isthmus.average.coefficients import Given, check_coefficients
 from isthmus.batches import Batch, check_data, read_batches
 from isthmus.errors import InputError, ModelError, TransformError
+from isthmus.groups import keeps_function
+from isthmus.layers import shared_weights
 from isthmus.members import as_modules
 from isthmus.moments import symmetry_of
 from isthmus.progress import progress
@@ -120,7 +122,7 @@ def rescale(
     mended = copy.deepcopy(merged).eval()
     reset_statistics(mended, data)
     symmetry = symmetry_of(mended, alignment.symmetry if alignment else None, None, data)
-    if alignment is not None and not alignment.is_exact:
+    if alignment is not None and not keeps_function(alignment):
         raise TransformError(
             "REPAIR measures the moved parents, and under linear maps they do not compute what they did: use "
             "method='reset'"
@@ -134,7 +136,7 @@ def rescale(
     for index, parent in enumerate(parents):
         state: Mapping[str, Tensor] = parent.state_dict()
         if alignment is not None:
-            state = move_state(state, alignment.transforms[index], symmetry)
+            state = move_state(alignment.prepared(state, index), alignment.transforms[index], symmetry)
         measured = Statistics(points)
         run(symmetry, state, data, measured, "measuring a parent")
         for point in points:
@@ -172,8 +174,8 @@ def rescaling_points(symmetry: Symmetry) -> list[Point]:
         for product in graph.contractions
         if product.node in carriers and not (product.node in normalised and users[product.node] == 1)
     ]
-    by_weight = [point.weight for point in points]
-    return [point for point in points if by_weight.count(point.weight) == 1]  # a shared tensor cannot serve two places
+    shared = shared_weights(graph.program)
+    return [point for point in points if point.weight not in shared]  # a shared tensor cannot serve two places
 
 
 class Statistics:

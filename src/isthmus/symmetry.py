@@ -1,5 +1,6 @@
 """What a network's symmetry is: its spaces, and every place where a tensor touches one."""
 
+import dataclasses
 import enum
 import hashlib
 import json
@@ -22,7 +23,7 @@ class Group(enum.Enum):
     INVERTIBLE = "invertible"
 
 
-ROLES = ("vector", "covector", "variance")
+ROLES = ("vector", "covector", "variance", "diagonal")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,9 @@ class Site:
         parameter: Name of the parameter or buffer in the state dict.
         dims: The tensor's dimensions that the space's units lie along; usually one.
         positions: Indices into the flattened `dims`: entry `[c, i, r]` is the r-th place of unit i of copy c.
-        role: `"vector"` moves with T, `"covector"` with T⁻¹, `"variance"` is permuted and undefined under other maps.
+        role: `"vector"` moves with T, `"covector"` with T⁻¹, `"variance"` is permuted and undefined under other maps;
+            `"diagonal"` is a norm's gain, a diagonal matrix D that moves to T D T⁻¹: permuted, kept by a linear map if
+            its entries are all equal, and else to be folded into its consumers first.
     """
 
     parameter: str
@@ -65,6 +68,53 @@ class Space:
     sites: tuple[Site, ...]
     parent: str | None = None
     copies: int = 1
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A product with a parameter that reads a normalised value, so that it can take in the norm's gain.
+
+    Attributes:
+        weight: The parameter, which nothing else reads.
+        dim: Its dimension that the product sums over.
+        bias: The bias that is added to the product and can take in the norm's shift; None where there is none.
+    """
+
+    weight: str
+    dim: int
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A norm's gain, one factor a unit: `offset + parameter`.
+
+    Attributes:
+        parameter: The tensor.
+        offset: What is added to it before it multiplies: 0, or 1 where zero stands for no gain.
+        bias: The shift that is added behind the gain, or None.
+        consumers: All that reads the product, where the gain can be folded into it.
+        obstacle: Why the gain cannot be folded; empty where it can.
+    """
+
+    parameter: str
+    offset: float = 0.0
+    bias: str | None = None
+    consumers: tuple[Consumer, ...] = ()
+    obstacle: str = ""
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """A freedom of single units that is no permutation: what writes a unit times a factor, what reads it divided by it.
+
+    Attributes:
+        space: Name of the space whose units these are.
+        kind: `"sign"`, factors of 1 and −1, or `"scale"`, positive ones.
+    """
+
+    space: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +150,8 @@ class Symmetry:
         shapes: Shape of every tensor of the state dict.
         tied: Names that are a second name of another tensor, mapped to that tensor's first name.
         untouched: Floating-point tensors that no traced operation reads.
+        gains: The gains of norms, and whether their consumers can take them in.
+        gauges: Signs and scales that single units are free to take.
         program: The captured graph, from which activations are read; None after loading from JSON.
     """
 
@@ -108,6 +160,8 @@ class Symmetry:
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str] = field(default_factory=dict)
     untouched: tuple[str, ...] = ()
+    gains: tuple[Gain, ...] = ()
+    gauges: tuple[Gauge, ...] = ()
     program: Any = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> Space:
@@ -167,6 +221,8 @@ class Symmetry:
                 "shapes": {name: list(shape) for name, shape in self.shapes.items()},
                 "tied": dict(self.tied),
                 "untouched": list(self.untouched),
+                "gains": [dataclasses.asdict(gain) for gain in self.gains],
+                "gauges": [dataclasses.asdict(gauge) for gauge in self.gauges],
             },
             sort_keys=True,
         )
@@ -200,6 +256,11 @@ class Symmetry:
                 shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
                 tied=data["tied"],
                 untouched=tuple(data["untouched"]),
+                gains=tuple(
+                    Gain(**{**gain, "consumers": tuple(Consumer(**each) for each in gain["consumers"])})
+                    for gain in data.get("gains", ())
+                ),
+                gauges=tuple(Gauge(**gauge) for gauge in data.get("gauges", ())),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SymmetryError(

@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from isthmus.checkpoint import hash_file, save_state
-from isthmus.data import load_data, split_for_models
+from isthmus.data import BLOCK, load_data, split_for_models
 from isthmus.errors import CheckpointError, InputError
+from isthmus.models import load_model, window
 from isthmus.registry import did_you_mean
 from isthmus.score import evaluate
 from isthmus.train import PRESETS, TrainOptions, train
 
-# The preset that suits a data set where the command names none.
+# The preset where the command names none: by the network of the zoo, else by the data set.
+NETWORK_PRESETS = {"gpt": "cpu_gpt", "vit": "cpu_vit"}
 USUAL_PRESETS = {"digits": "cpu_digits", "cifar10": "cpu_resnet20", "cifar100": "cpu_resnet20"}
 
 
@@ -44,13 +48,16 @@ def run_train(
         raise CheckpointError(f"{out} exists: choose another -o or pass --force")
     if out.suffix != ".safetensors":
         raise InputError(f"{out}: a checkpoint is written as safetensors; choose a name that ends in .safetensors")
-    name = preset or USUAL_PRESETS.get(data, "cpu_mlp")
+    network = model.partition("?")[0].removeprefix("zoo:")
+    name = preset or NETWORK_PRESETS.get(network) or USUAL_PRESETS.get(data, "cpu_mlp")
     if name not in PRESETS:
         raise InputError(f"no preset {name!r}{did_you_mean(name, PRESETS)}: choose from {', '.join(PRESETS)}")
     options: TrainOptions = PRESETS[name]
     changed = {key: value for key, value in (changes or {}).items() if value is not None}
     options = dataclasses.replace(options, **changed)
-    loaded = load_data(data, folder)
+    with torch.random.fork_rng([]):  # only to know its window; `train` draws the weights from the seed
+        block = window(load_model(model)) or BLOCK
+    loaded = load_data(data, folder, block=block)
     indices = None
     if split != "none":
         portions = split_for_models(loaded.y_train, split, models=parts, seed=0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from isthmus.checkpoint import load_state, read_metadata, save_state
 from isthmus.errors import InputError, ModelError, TransformError
+from isthmus.gains import fold_state
 from isthmus.symmetry import Site, Space, Symmetry, check_counterpart
 
 
@@ -76,6 +77,15 @@ class LinearMap:
             )
         object.__setattr__(self, "into", into)
         object.__setattr__(self, "back", back)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing moves, but for rounding."""
+        if self.into.shape[1] != self.into.shape[2]:
+            return False
+        # Products of a few maps in float64; in float32 a map this near to the identity moves nothing either.
+        eye = torch.eye(self.into.shape[1], dtype=self.into.dtype, device=self.into.device)
+        return all(bool((matrix - eye).abs().max() <= 1e-9) for matrix in (self.into, self.back))
 
 
 Transform = Permutation | LinearMap
@@ -170,7 +180,7 @@ def move_site(tensor: Tensor, site: Site, transform: Transform) -> Tensor:
     """The tensor with one space transformed at one site; a new tensor of the same dtype.
 
     Raises:
-        TransformError: A running variance met a linear map, or the map's shape does not fit the site.
+        TransformError: A running variance or an uneven gain met a linear map, or the map's shape does not fit the site.
     """
     copies, size, repeat = site.positions.shape
     if isinstance(transform, Permutation):
@@ -191,6 +201,14 @@ def move_site(tensor: Tensor, site: Site, transform: Transform) -> Tensor:
     if transform.into.shape[::2] != (copies, size):
         raise TransformError(
             f"{site.parameter}: linear map of shape {tuple(transform.into.shape)} for a site of {copies} × {size} units"
+        )
+    if site.role == "diagonal":
+        gains = to_front(tensor, site.dims)[torch.from_numpy(site.positions.reshape(-1)).to(tensor.device)]
+        if bool((gains == gains[0]).all()):  # a multiple of the identity commutes with every map
+            return tensor if frame == size else ones_moved(tensor, site, transform) * gains[0]
+        raise TransformError(
+            f"{site.parameter}: a gain of each unit does not commute with a linear map; fold it into its consumers "
+            "first: models = [isthmus.fold_norm_gains(model, symmetry) for model in models]"
         )
     compute = torch.promote_types(tensor.dtype, torch.float32)
     # A vector moves by T; a covector w moves to w T⁻¹, so its transposed `back` acts from the left.
@@ -291,6 +309,8 @@ class Alignment:
         details: What else the method reports, as plain JSON values.
         symmetries: Every model's own symmetry, where widths differ and `symmetry` is the common frame's; empty where
             all models share it.
+        folded: Whether the norms' gains of every model are folded into their consumers before it is moved, since linear
+            maps act on what a gain multiplies; `apply` and `merge` do so by themselves.
     """
 
     symmetry: Symmetry
@@ -302,6 +322,7 @@ class Alignment:
     seconds: float = 0.0
     details: Mapping[str, object] = field(default_factory=dict)
     symmetries: tuple[Symmetry, ...] = ()
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if self.symmetries and len(self.symmetries) != len(self.transforms):
@@ -338,6 +359,14 @@ class Alignment:
     def is_exact(self) -> bool:
         """Whether every transform is a permutation, which keeps each model's function."""
         return all(isinstance(t, Permutation) for transforms in self.transforms for t in transforms.values())
+
+    def prepared(self, state: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+        """The state of a model as the transforms expect it: its norms' gains folded, if the alignment says so.
+
+        Raises:
+            ModelError: A gain cannot be folded.
+        """
+        return fold_state(state, self.own_symmetry(index)) if self.folded else state
 
     def own_symmetry(self, index: int) -> Symmetry:
         """The symmetry of a model as it was given: that of the common frame, but for the sizes of spaces."""
@@ -379,6 +408,7 @@ class Alignment:
             "converged": self.converged,
             "seconds": self.seconds,
             "details": dict(self.details),
+            "folded": self.folded,
             "symmetry_hash": self.symmetry.hash,
         }
         if not tensors:  # nothing can move: the format still wants one tensor
@@ -427,6 +457,7 @@ class Alignment:
             seconds=facts["seconds"],
             details=facts["details"],
             symmetries=tuple(map(Symmetry.from_json, json.loads(metadata.get("isthmus_symmetries", "[]")))),
+            folded=facts.get("folded", False),
         )
 
 
@@ -442,7 +473,7 @@ def apply(alignment: Alignment, model: nn.Module, index: int, module: nn.Module 
     Raises:
         InputError: The alignment has no model of that number, or the model is of other widths than the common frame and
             no `module` was given.
-        ModelError: The model is not of the aligned architecture.
+        ModelError: The model is not of the aligned architecture, or a gain cannot be folded.
         TransformError: A transform cannot act exactly (a running variance under a linear map); `merge` can.
     """
     if not 0 <= index < len(alignment):
@@ -451,5 +482,6 @@ def apply(alignment: Alignment, model: nn.Module, index: int, module: nn.Module 
     if module is None and own.shapes != alignment.symmetry.shapes:
         raise InputError(f"model {index} has other widths than the common frame: give module=, a model of those widths")
     moved = copy.deepcopy(model if module is None else module)
-    moved.load_state_dict(move_state(model.state_dict(), alignment.transforms[index], own))
+    state = alignment.prepared(model.state_dict(), index)
+    moved.load_state_dict(move_state(state, alignment.transforms[index], own))
     return moved

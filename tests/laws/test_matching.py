@@ -26,7 +26,7 @@ BRIEF = {
     "learned": Learned(steps=10, learning_rate=0.05),
 }
 # Methods that look at all models together.
-JOINT = ("auto", "c2m3", "ste", "subset_selection", "weight_matching", "zipit")
+JOINT = ("auto", "c2m3", "orthogonal_matching", "ste", "subset_selection", "weight_matching", "zipit")
 EVERY_NETWORK = pytest.mark.parametrize("name", [MLP, CNN, "GroupNormResidual", "Attention"])
 
 

@@ -41,6 +41,8 @@ def heads_of(x, heads=HEADS):
 class Block(nn.Module):
     """A residual stream of six units around what `attend` does with queries, keys and values."""
 
+    key_heads = HEADS
+
     def __init__(self, bias=True):
         super().__init__()
         self.stem, self.head = nn.Linear(D, D), nn.Linear(D, 2)
@@ -49,11 +51,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = torch.tanh(self.stem(x))
-        q, k, v = (
-            heads_of(self.query(x)),
-            heads_of(self.key(x), self.key_heads),
-            heads_of(self.value(x), self.key_heads),
-        )
+        q, k, v = (heads_of(layer(x)) for layer in (self.query, self.key, self.value))
         mixed = self.attend(q, k, v).transpose(1, 2).flatten(2)
         return self.head(torch.tanh(x + self.out(mixed)))
 

@@ -15,7 +15,7 @@ from isthmus.layers import Layer, input_rows, layers_of, sample_positions
 from isthmus.moments import symmetry_of
 from isthmus.progress import progress
 from isthmus.symmetry import Symmetry
-from isthmus.trace.reader import Reader, first_float, program_for
+from isthmus.trace.reader import Reader, first_float, node_shapes, program_for
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class RegMean:
         rows = 0
         for batch in batches:
             program = program_for(symmetry.program.program, batch)
-            shapes = {node.name: node.meta["val"].shape for node in program.graph.nodes if "val" in node.meta}
+            shapes = node_shapes(program)
             seen: dict[str, Tensor] = {}
             observers = {layer.contraction.source: seen_by(seen, layer.contraction.source) for layer in layers}
             Reader(program, observers).read(state, batch)

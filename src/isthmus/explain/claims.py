@@ -207,7 +207,8 @@ def judge_merged(spectra: Spectra | None) -> Claim:
     if missing:
         return unmeasured(text, missing, threshold)
     large, small = median(pair[0] for pair in split), median(pair[1] for pair in split)
-    shares, ratios = zip(*(top_share(layer) for layer in fed), strict=True)
+    parts = [top_share(layer) for layer in fed]
+    shares, ratios = [share for share, _ in parts], [share / chance for share, chance in parts]
     figure = (
         f"gain {large:.3f} along large directions and {small:.3f} along the others ({len(split)} layers; ½ is kept by "
         f"one model alone); {median(shares):.1%} of a layer's input in its top {MOST:.0%} of directions, "
@@ -289,7 +290,7 @@ def split_gains(layer: LayerSpectrum) -> tuple[float, float] | None:
 
 
 def top_share(layer: LayerSpectrum) -> tuple[float, float]:
-    """The share of a layer's input in the span of its top directions, and that over what chance gives."""
+    """The share of a layer's input in the span of its top directions, and what chance gives."""
     shares = layer.input_shares or ()
     k = max(1, round(MOST * len(shares)))
-    return shares[k - 1], shares[k - 1] / layer.chance(k)
+    return shares[k - 1], layer.chance(k)

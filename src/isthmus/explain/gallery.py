@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Chosen:
         unit: Its slot in the common frame.
         group: `"best"`, `"median"` or `"worst"` by how much of all models' features the merged unit holds.
         cross_activation: For each model, the share of images that excite the merged unit less than the picture drawn
-            for that model's unit does; empty where none was drawn.
+            for that model's unit does; empty where none was drawn, NaN for a model of which no unit stands there.
         naive_cross_activation: The same of the naive average's unit.
     """
 
@@ -139,6 +140,9 @@ def draw_gallery(
         slots = [unit for unit, _ in picked]
         sources = {letter: own.sources[index][slots].tolist() for index, letter in enumerate(own.names)}
         sources |= {MERGED: slots, NAIVE: sources[own.names[0]]}
+        # Where no unit of a model stands in a slot, another one is drawn, so that all have as many, and not shown.
+        absent = {network: [unit < 0 for unit in units] for network, units in sources.items()}
+        sources = {network: [max(unit, 0) for unit in units] for network, units in sources.items()}
         drawn = visualise_many(
             list(networks.values()),
             symmetry,
@@ -163,17 +167,30 @@ def draw_gallery(
                     for letter in own.names
                 ]
         chosen[name] = tuple(
-            Chosen(unit, group, *(tuple(row[place] for row in crossed.get(network, ())) for network in (MERGED, NAIVE)))
+            Chosen(
+                unit,
+                group,
+                *(
+                    tuple(
+                        math.nan if absent[letter][place] or absent[network][place] else row[place]
+                        for letter, row in zip(own.names, crossed.get(network, ()), strict=False)
+                    )
+                    for network in (MERGED, NAIVE)
+                ),
+            )
             for place, (unit, group) in enumerate(picked)
         )
         pictures[name] = {
             str(unit): {
                 "pictures": {
-                    network: picture_uri(each.pixels(mean, std)[place]) for network, each in by_network.items()
+                    network: picture_uri(each.pixels(mean, std)[place])
+                    for network, each in by_network.items()
+                    if not absent[network][place]
                 },
                 "top": {
                     network: shown.strip(own.top[network][sources[network][place] if network == NAIVE else unit])
                     for network in networks
+                    if not absent[network][place]
                 },
             }
             for place, (unit, _) in enumerate(picked)
@@ -244,12 +261,13 @@ def png_uri(levels: UInt8[np.ndarray, "height width channels"]) -> str:
 def draw_matches(own: SpaceUnits, moments: SpaceMoments, first: int = 0, second: int = 1) -> dict[str, str]:
     """Correlations of two models' units as pictures, one pixel a pair: in their own order, and matched.
 
-    Of more than `CELLS` units, evenly spaced ones are shown. Red is +1, blue −1.
+    Of more than `CELLS` units, evenly spaced ones are shown. Red is +1, blue −1; a slot without a unit is empty.
     """
     correlation = moments.correlation(first, second)
     kept = np.unique(np.linspace(0, correlation.shape[0] - 1, min(CELLS, correlation.shape[0])).round().astype(int))
     rows, columns = own.sources[first][kept], own.sources[second][kept]
-    parts = {"before": correlation[kept][:, kept], "after": correlation[rows][:, columns]}
+    both = torch.from_numpy((rows >= 0)[:, None] & (columns >= 0))
+    parts = {"before": correlation[kept][:, kept], "after": correlation[rows][:, columns] * both}
     paint = colormaps["RdBu_r"]
     return {
         name: png_uri((paint((part.clamp(-1, 1).numpy() + 1) / 2)[..., :3] * 255).round().astype(np.uint8))

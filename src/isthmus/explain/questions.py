@@ -17,7 +17,10 @@ MENDED = (0.8, 1.25)  # the same once it is mended
 
 
 def answer_questions(
-    spaces: Mapping[str, SpaceUnits], variance_ratios: Mapping[str, Mapping[str, float | None]]
+    spaces: Mapping[str, SpaceUnits],
+    variance_ratios: Mapping[str, Mapping[str, float | None]],
+    *,
+    repaired: bool = True,
 ) -> tuple[Claim, ...]:
     """Verdicts on what merging makes of features, for the networks that were measured.
 
@@ -25,12 +28,19 @@ def answer_questions(
         spaces: What `measure_units` found, in the order of the network.
         variance_ratios: By space, the variance of merged units over their models': `"aligned"`, in the common frame
             before any repair, and `"mended"`, of the result.
+        repaired: Whether the result was repaired at all; if not, what repair does was not measured.
 
     Source: the questions are those of Zou et al., UniReps 2024, as far as its abstract tells; thresholds are this
         project's own.
     """
     own = [space for space in spaces.values() if space.merged.shape[1]]
-    return (whose_features(own), whether_pairs_survive(own), by_depth(own), by_matching(own), variance(variance_ratios))
+    return (
+        whose_features(own),
+        whether_pairs_survive(own),
+        by_depth(own),
+        by_matching(own),
+        variance(variance_ratios, repaired),
+    )
 
 
 def shares(labels: Sequence[str]) -> tuple[float, float, float]:
@@ -125,7 +135,7 @@ def by_matching(spaces: Sequence[SpaceUnits]) -> Claim:
     return Claim(text, figure, verdict_of(*parts), threshold)
 
 
-def variance(ratios: Mapping[str, Mapping[str, float | None]]) -> Claim:
+def variance(ratios: Mapping[str, Mapping[str, float | None]], repaired: bool) -> Claim:
     """What does repair change?"""
     text = "Averaging shrinks the merged units' variance, and repair gives it back."
     threshold = (
@@ -135,8 +145,10 @@ def variance(ratios: Mapping[str, Mapping[str, float | None]]) -> Claim:
     found = [
         [value for each in ratios.values() if (value := each.get(kind)) is not None] for kind in ("aligned", "mended")
     ]
-    if not all(found):
-        return unmeasured(text, ["the variance before and after repair"], threshold)
+    missing = [] if all(found) else ["the variance before and after repair"]
+    missing += [] if repaired else ["a merge that was repaired"]
+    if missing:
+        return unmeasured(text, missing, threshold)
     before, after = (median(values) for values in found)
     figure = f"{before:.2f} before, {after:.2f} after"
     return Claim(text, figure, verdict_of(before < COLLAPSED, MENDED[0] <= after <= MENDED[1]), threshold)

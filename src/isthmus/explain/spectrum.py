@@ -29,7 +29,7 @@ from isthmus.merge import upcast
 from isthmus.moments import symmetry_of
 from isthmus.progress import progress
 from isthmus.symmetry import Symmetry
-from isthmus.trace.reader import Reader, first_float, program_for
+from isthmus.trace.reader import Reader, first_float, node_shapes, program_for
 from isthmus.transform import Alignment, move_state
 
 State = Mapping[str, Tensor]
@@ -405,7 +405,8 @@ def carried(states: Sequence[State], alignment: Alignment | None) -> list[State]
         raise InputError(f"an alignment of {len(alignment)} models: give one of the two models that are compared")
     if alignment.symmetries:
         raise InputError("models of several widths: singular directions are compared between matrices of one size")
-    pairs = zip(states, alignment.transforms, strict=True)
+    prepared = [alignment.prepared(state, index) for index, state in enumerate(states)]
+    pairs = zip(prepared, alignment.transforms, strict=True)
     return [move_state(state, transforms, alignment.symmetry, reset_variances=True) for state, transforms in pairs]
 
 
@@ -551,7 +552,7 @@ def input_grams(
     seen_rows: dict[str, int] = {}
     for batch in batches:
         program = program_for(symmetry.program.program, batch)
-        shapes = {node.name: node.meta["val"].shape for node in program.graph.nodes if "val" in node.meta}
+        shapes = node_shapes(program)
         seen: dict[str, Tensor] = {}
         observers = {layer.contraction.source: seen_by(seen, layer.contraction.source) for layer in layers}
         Reader(program, observers).read(state, batch.clone())

@@ -126,9 +126,10 @@ def slopes(model: nn.Module, steps: State, data: Any, loss: Loss | None) -> tupl
     Raises:
         ModelError: A buffer moves, and no derivative passes through it.
     """
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = [name for name, step in steps.items() if name not in parameters and bool(step.any())]
+    parameters = {name for name, _ in model.named_parameters()}
+    own = parameters | {name for name, _ in model.named_buffers()}  # tied tensors appear once
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name in own}
+    buffers = [name for name in state if name not in parameters and name in steps and bool(steps[name].any())]
     reference = first_float(state)
     first, second, count = [], [], 0
     for batch in read_batches(data):

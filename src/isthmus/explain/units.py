@@ -43,7 +43,7 @@ class SpaceUnits:
         names: One letter a model.
         threshold: Correlation from which a merged unit counts as a model's feature.
         sources: The unit of each model that stands in each slot; of a linear map, which mixes units, the one that
-            counts most there.
+            counts most there, and −1 where no unit of the model stands there at all.
         before: Mean correlation, over pairs of models, of the units of one number, not matched.
         matched: The same of matched units.
         merged: Correlation of the merged unit with each model's.
@@ -264,9 +264,10 @@ class Move:
 
     @property
     def sources(self) -> Int[Tensor, " units"]:
-        """The unit that stands in each slot, or that counts most there."""
+        """The unit that stands in each slot, or that counts most there; −1 where none does."""
         if self.matrix is not None:
-            return self.matrix.abs().argmax(dim=1)
+            most = self.matrix.abs().max(dim=1)
+            return torch.where(most.values > 0, most.indices, -1)
         assert self.order is not None
         return self.order
 

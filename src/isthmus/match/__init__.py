@@ -12,12 +12,13 @@ from isthmus.batches import Batch, check_data
 from isthmus.errors import InputError
 from isthmus.match.activation_matching import ActivationMatching
 from isthmus.match.auto import Auto
-from isthmus.match.base import Match, Problem
+from isthmus.match.base import Match, Problem, solve
 from isthmus.match.c2m3 import C2M3
 from isthmus.match.cca import CCA
 from isthmus.match.identity import Identity
 from isthmus.match.learned import Learned
 from isthmus.match.mudsc import MuDSC
+from isthmus.match.orthogonal_matching import OrthogonalMatching
 from isthmus.match.ot_fusion import OTFusion
 from isthmus.match.procrustes import Procrustes
 from isthmus.match.sinkhorn import Sinkhorn
@@ -44,6 +45,7 @@ __all__ = [
     "Match",
     "MuDSC",
     "OTFusion",
+    "OrthogonalMatching",
     "Problem",
     "Procrustes",
     "Sinkhorn",
@@ -61,6 +63,7 @@ METHODS: dict[str, type[Match]] = {
     "activation_matching": ActivationMatching,
     "cca": CCA,
     "procrustes": Procrustes,
+    "orthogonal_matching": OrthogonalMatching,
     "mudsc": MuDSC,
     "subset_selection": SubsetSelection,
     "c2m3": C2M3,
@@ -97,7 +100,8 @@ def align(
     Raises:
         DataError: The method needs data and got none it can use.
         InputError: No models, an unknown method, or no way to find the symmetry.
-        ModelError: The models are not of one architecture, or hold NaN or infinite weights.
+        ModelError: The models are not of one architecture, hold NaN or infinite weights, or have a norm whose gain
+            cannot be folded, which a method that uses linear maps needs.
         SymmetryError: The symmetry is of another architecture.
     """
     configured = configure("matching method", method, METHODS) if isinstance(method, str) else method
@@ -112,7 +116,7 @@ def align(
     Problem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
     symmetry = symmetry_of(modules[0], symmetry, inputs, data)
     symmetries = trace_counterparts(modules, symmetry) if unequal else ()
-    return configured(Problem(modules, symmetry, data, seed, symmetries))
+    return solve(configured, Problem(modules, symmetry, data, seed, symmetries))
 
 
 def trace_counterparts(models: Sequence[nn.Module], symmetry: Symmetry) -> tuple[Symmetry, ...]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from isthmus.batches import is_labelled, split_batches
 from isthmus.errors import InputError, IsthmusError
-from isthmus.match.base import Match, Problem
+from isthmus.match.base import Match, Problem, solve
 from isthmus.match.held_out import judge_by
 from isthmus.match.identity import Identity
 from isthmus.match.weight_matching import total_value
@@ -43,6 +43,7 @@ class Auto:
 
     name: ClassVar[str] = "auto"
     exact: ClassVar[bool] = False
+    folds: ClassVar[bool] = False  # each candidate sees the models as it needs them
 
     @property
     def needs(self) -> str:
@@ -104,14 +105,14 @@ class Auto:
                 left_out[method.name] = f"needs {method.needs}"
                 continue
             try:
-                scores[method.name] = judge(method(part))
+                scores[method.name] = judge(solve(method, part))
             except IsthmusError as error:
                 left_out[method.name] = str(error)
         finite = {name: score for name, score in scores.items() if math.isfinite(score)}
         if not finite:
             raise InputError(f"no candidate can be used here: {'; '.join(f'{k}: {v}' for k, v in left_out.items())}")
         chosen = min(finite, key=lambda name: finite[name])
-        found = next(method for method in methods if method.name == chosen)(problem)
+        found = solve(next(method for method in methods if method.name == chosen), problem)
         ranked = dict(sorted(scores.items(), key=lambda item: item[1]))
         return replace(
             found,

@@ -1,13 +1,15 @@
 """What every matching method is: a configured object that turns a problem into an alignment."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from isthmus.batches import is_labelled
 from isthmus.errors import DataError
+from isthmus.fold import fold_norm_gains
+from isthmus.gains import has_diagonal_sites
 from isthmus.moments import JointMoments, Moments, collect, collect_joint
 from isthmus.symmetry import Symmetry
 from isthmus.transform import Alignment, Permutation, Transform
@@ -95,6 +97,7 @@ class Match(Protocol):
     Attributes:
         name: The method's name in `METHODS`.
         exact: Whether all its transforms are permutations, so that every moved model keeps its function.
+        folds: Whether it may use linear maps, so that norms' gains are folded first; `not exact` where it is left out.
         resizes: Whether it also aligns models of several widths (`Problem.symmetries`); False where it is left out.
         needs: What it needs beside the weights, which may depend on its options: `""`, `"data"` (batches; targets are
             not used) or `"labels"` (batches with targets).
@@ -111,6 +114,28 @@ class Match(Protocol):
     def __call__(self, problem: Problem) -> Alignment:
         """The alignment of all models of the problem; model 0 does not move unless the method says otherwise."""
         ...
+
+
+def folds(method: Match) -> bool:
+    """Whether a method may use linear maps, and so wants models whose norms' gains are folded."""
+    return bool(getattr(method, "folds", not method.exact))
+
+
+def solve(method: Match, problem: Problem) -> Alignment:
+    """The alignment by a method; where it may use linear maps, it sees models whose norms' gains are folded.
+
+    A gain of each unit commutes with permutations alone. Folded, it leaves a space the group that it claims; an
+    alignment that holds more than permutations notes that models have to be folded before they are moved.
+
+    Raises:
+        IsthmusError: What the method raises, or a gain that cannot be folded.
+    """
+    if not folds(method) or not has_diagonal_sites(problem.symmetry):
+        return method(problem)
+    models = [fold_norm_gains(model, problem.own_symmetry(index)) for index, model in enumerate(problem.models)]
+    folded = Problem(models, problem.symmetry, problem.data, problem.seed, problem.symmetries)
+    found = method(folded)
+    return found if found.is_exact else replace(found, folded=True)
 
 
 def identity_transforms(symmetry: Symmetry) -> dict[str, Transform]:

@@ -190,13 +190,15 @@ def move_softly(state: State, maps: Mapping[str, LinearMap], symmetry: Symmetry)
     """The state with every space moved by matrices, differentiable in them.
 
     Equal to `move_state` where the matrices are permutations. Running variances are moved as an expectation, by `into`:
-    no more than a guess, good for a network that does not use them while it is searched for.
+    no more than a guess, good for a network that does not use them while it is searched for. Gains that were not folded
+    into ones are moved as vectors, as permutations move them.
     """
     moved = dict(state)
     for name, sites in symmetry.sites.items():
         tensor = state[name]
         for space, site in sites:
-            place = replace(site, role="vector") if site.role == "variance" else site
+            uneven = site.role == "diagonal" and bool((tensor != tensor.flatten()[0]).any())
+            place = replace(site, role="vector") if site.role == "variance" or uneven else site
             tensor = move_site(tensor, place, maps[space.name])
         moved[name] = tensor
     return moved

@@ -79,6 +79,11 @@ class Learned:
     exact: ClassVar[bool] = True  # of the default group
 
     @property
+    def folds(self) -> bool:
+        """Whether it may use linear maps."""
+        return self.group != "permutation"
+
+    @property
     def needs(self) -> str:
         """Batches with targets."""
         return "labels"

@@ -8,7 +8,7 @@ of weight matching wherever all matrices are permutations.
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -299,7 +299,9 @@ def degree_of(actions: Sequence[Action]) -> int:
 def act(tensor: Tensor, action: Action, move: Tensor | np.ndarray) -> Tensor:
     """The tensor with one space moved at one place, by a matrix or by a vertex's indices."""
     transform = LinearMap(move, move.T) if isinstance(move, Tensor) else Permutation(move)
-    return move_site(tensor, action.site, transform)
+    # A gain is permuted as a vector is; between permutations, it is averaged as one.
+    site = replace(action.site, role="vector") if action.site.role == "diagonal" else action.site
+    return move_site(tensor, site, transform)
 
 
 def mix(

@@ -2,8 +2,9 @@
 
 The objective is Σ_W ⟨W^A, π(W^B)⟩ over all trained tensors that some space touches. With all other spaces held, it is
 linear in one space's permutation: a sum of Gram matrices of A's and B's rows, one for each place where a tensor touches
-the space. Gram matrices are float32 products, kept until a space that they depend on moves; sums are float64. Features
-come before units in memory, those that another space moves first, so that applying its order copies whole rows.
+the space. Gram matrices are products in a precision of choice, kept until a space that they depend on moves; sums are
+float64. Features come before units in memory, those that another space moves first, so that applying its order copies
+whole rows.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from isthmus.assignment import assignment_value, solve_lap
 from isthmus.match.base import State
 from isthmus.match.families import Similarity, family_of, roots_of
 from isthmus.symmetry import Site, Space, Symmetry
-from isthmus.transform import Permutation, Transforms, move_site, site_length, site_order, to_front
+from isthmus.transform import LinearMap, Permutation, Transforms, move_site, site_length, site_order, to_front
 
 # Singular values of unfoldings, by tensor and by the site whose units are the rows.
 Spectra = dict[tuple[str, int], Tensor]
@@ -66,12 +67,14 @@ class WeightObjective:
         fixed: A's state.
         moved: B's state.
         parameters: Names of the trained tensors.
+        dtype: The precision of Gram matrices.
     """
 
     symmetry: Symmetry
     fixed: State
     moved: State
     parameters: frozenset[str]
+    dtype: torch.dtype = torch.float32
     tensors: dict[str, list[tuple[Space, Site]]] = field(init=False)
     terms: dict[str, list[Term]] = field(init=False)
     root: dict[str, str] = field(init=False)
@@ -159,7 +162,7 @@ class WeightObjective:
         versions = tuple(self.version[self.root[other.name]] for other, _ in term.others)
         if term.gram is None or versions != term.versions:
             if term.fixed is None:
-                term.fixed = lay(self.fixed[term.site.parameter].float(), term.site, term.first or ())
+                term.fixed = lay(self.fixed[term.site.parameter].to(self.dtype), term.site, term.first or ())
             features = term.fixed.flatten(0, -2)
             term.gram = (features.T @ self._moved_features(term, transforms)).cpu().numpy()
             term.versions = versions
@@ -168,13 +171,13 @@ class WeightObjective:
     def _moved_features(self, term: Term, transforms: Transforms) -> Float[Tensor, "features units"]:
         """B's features at a term's site, other spaces' orders applied."""
         tensor = self.moved[term.site.parameter]
-        if term.first is None:
-            tensor = tensor.float()
+        if term.first is None or any(isinstance(transforms[other.name], LinearMap) for other, _ in term.others):
+            tensor = tensor.to(self.dtype)
             for other, place in term.others:
                 tensor = move_site(tensor, place, transforms[other.name])
-            return lay(tensor, term.site, ()).flatten(0, -2)
+            return lay(tensor, term.site, term.first or ()).flatten(0, -2)
         if term.laid is None:
-            term.laid = lay(tensor.float(), term.site, term.first)
+            term.laid = lay(tensor.to(self.dtype), term.site, term.first)
         laid = term.laid
         for other, place in term.others:
             transform = transforms[other.name]
@@ -188,11 +191,11 @@ class WeightObjective:
         """Similarity of units inside each pair of copies that face each other now, every other space in place."""
         total = np.zeros((space.copies, space.size, space.size))
         for term in self.terms[space.name]:
-            tensor = self.moved[term.site.parameter].float()
+            tensor = self.moved[term.site.parameter].to(self.dtype)
             for other, place in [*term.chain, *term.others]:
                 tensor = move_site(tensor, place, transforms[other.name])
             shape = (space.copies, space.size, -1)
-            a = site_rows(self.fixed[term.site.parameter].float(), term.site).reshape(shape)
+            a = site_rows(self.fixed[term.site.parameter].to(self.dtype), term.site).reshape(shape)
             b = site_rows(tensor, term.site).reshape(shape)
             total += torch.bmm(a, b.transpose(1, 2)).cpu().numpy()
         return total
@@ -203,10 +206,10 @@ class WeightObjective:
         for name, sites in self.tensors.items():
             if root is not None and not any(self.root[space.name] == root.name for space, _ in sites):
                 continue
-            tensor = self.moved[name]
+            tensor = self.moved[name].double()
             for space, site in sites:
                 tensor = move_site(tensor, site, transforms[space.name])
-            total += float((self.fixed[name].double() * tensor.double()).sum())
+            total += float((self.fixed[name].double() * tensor).sum())
         return total
 
     def spectra(self, state: State) -> Spectra:

@@ -9,8 +9,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from isthmus.errors import DataError, InputError, SymmetryError
+from isthmus.fold import fold_norm_gains
+from isthmus.gains import has_diagonal_sites
 from isthmus.match import METHODS
-from isthmus.match.base import Match, Problem
+from isthmus.match.base import Match, Problem, folds
 from isthmus.match.families import family_of, roots_of
 from isthmus.members import as_own_modules
 from isthmus.merge import upcast, variances_met
@@ -30,7 +32,7 @@ from isthmus.transform import (
 
 
 def partial_zip(
-    models: Sequence[nn.Module],
+    models: Sequence[nn.Module | Mapping[str, Tensor]],
     data: Any = None,
     stop: str | None = None,
     *,
@@ -45,7 +47,7 @@ def partial_zip(
     `PartialZip.reset` measures them too.
 
     Args:
-        models: Modules whose spaces below `stop` are the same.
+        models: Modules whose spaces below `stop` are the same; state dicts are refused, having no architecture.
         data: Re-iterable batches that every model takes; inputs of all models' tasks are best.
         stop: Name of the first space, in the order of the first model's symmetry, that is not merged any more. None
             merges all spaces: only what lies in no space, such as the last layer's outputs, is every model's own.
@@ -70,6 +72,8 @@ def partial_zip(
     shared = shared_tensors(symmetries, names)
     cuts = cut_all(symmetries, shared)
     trunks = [restrict(symmetry, names, shared, cut) for symmetry, cut in zip(symmetries, cuts, strict=True)]
+    if folds(configured) and any(has_diagonal_sites(trunk) for trunk in trunks):
+        modules = [fold_norm_gains(model, symmetry) for model, symmetry in zip(modules, symmetries, strict=True)]
     alignment = configured(Problem(modules, trunks[0], data, seed, trunks))
     merged, undefined = merge_trunk(modules, trunks, alignment)
     parts = [

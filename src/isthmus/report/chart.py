@@ -77,6 +77,17 @@ def ticks(low: Number, high: Number, about: int = 5) -> list[Number]:
     return [step * index for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def limits(low: Number, high: Number) -> tuple[float, float, list[float]]:
+    """The ends of an axis around some values, and its ticks: the ends reach at most a fifth of a step beyond."""
+    marks = ticks(low, high)
+    step = marks[1] - marks[0] if len(marks) > 1 else 1.0
+    start, end = math.floor(5 * low / step + 1e-9) * step / 5, math.ceil(5 * high / step - 1e-9) * step / 5
+    if end <= start:
+        end = start + step
+    first, last = math.ceil(start / step - 1e-9), math.floor(end / step + 1e-9)
+    return start, end, [step * index for index in range(first, last + 1)]
+
+
 def log_ticks(low: Number, high: Number) -> list[Number]:
     """Powers of ten from `low` to `high`, with 2 and 5 times these where there are fewer than three."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -151,6 +162,8 @@ def dots(points: Iterable[tuple[Number, Number]], css: str) -> str:
 def axes(x: Scale, y: Scale, across: Sequence[Number], up: Sequence[Number], names: tuple[str, str]) -> str:
     """The grid, the numbers beside it, and what the axes mean; numbers across are left out where there are none."""
     parts = []
+    if up and y.low not in up:
+        parts.append(f'<path class="grid base" d="M{number(x.start)} {number(y.start)}H{number(x.end)}"/>')
     for value in up:
         place = y.place(value)
         css = "grid base" if value == y.low else "grid"

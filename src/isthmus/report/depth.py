@@ -12,6 +12,7 @@ from isthmus.report.figures import finite
 
 MOST_DRAWN = 200  # spaces of a chart
 HEIGHT, TOP, RIGHT, LEFT = 150, 10, 12, 48  # of the field, in pixels at normal size, and the room around it
+NARROWEST = 264.0  # pixels of a whole chart; three of them stand in a row
 TURN = 55  # degrees by which the names under a chart are turned
 
 Space = Mapping[str, Any]
@@ -39,8 +40,11 @@ def draw_correlations(spaces: Sequence[Space], models: Sequence[str]) -> Drawing
     return _lines(spaces, series, "correlation", "Correlation over depth, median over the units of each space", None)
 
 
-def draw_variances(spaces: Sequence[Space]) -> Drawing | None:
-    """Variance of merged units over that of their parents'; at 1 nothing collapsed."""
+def draw_variances(spaces: Sequence[Space], *, repaired: bool = True) -> Drawing | None:
+    """Variance of merged units over that of their parents'; at 1 nothing collapsed.
+
+    What was neither repaired nor averaged in another way than the aligned average is not drawn a second time.
+    """
 
     def of(key: str) -> list[float | None]:
         return [finite(part(space, "variance_ratio").get(key)) for space in spaces]
@@ -48,8 +52,11 @@ def draw_variances(spaces: Sequence[Space]) -> Drawing | None:
     series = [
         Series("averaged without alignment", "naive", "square", of("naive")),
         Series("aligned", "aligned", "circle", of("aligned")),
-        Series("aligned and mended", "mended", "diamond", of("mended")),
     ]
+    aligned, merged = of("aligned"), of("mended")
+    pairs = zip(aligned, merged, strict=True)
+    if repaired or not all(a is not None and b is not None and math.isclose(a, b, rel_tol=1e-4) for a, b in pairs):
+        series.append(Series("aligned and mended" if repaired else "merged", "mended", "diamond", merged))
     return _lines(spaces, series, "variance ratio", "Variance of merged units over that of their parents'", 1.0)
 
 
@@ -138,14 +145,9 @@ def _lines(
     if not series:
         return None
     values = [value for each in series for value in each.values if value is not None] + ([base] if base else [])
-    low, high = min(0.0, *values), max(values)
-    marks = chart.ticks(low, high)
-    step = marks[1] - marks[0] if len(marks) > 1 else 1.0
-    low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-    if high <= low:
-        high = low + 1.0
+    low, high, up = chart.limits(min(0.0, *values), max(values))
     place, width, x, y, bottom = _frame(spaces, low, high)
-    parts = [chart.axes(x, y, [], chart.ticks(low, high), ("", name))]
+    parts = [chart.axes(x, y, [], up, ("", name))]
     if base is not None:
         parts.append(f'<path class="line base" d="M{x.start:g} {chart.number(y.place(base))}H{x.end:g}"/>')
     said = []
@@ -172,11 +174,11 @@ def _frame(
 ) -> tuple[Callable[[int], chart.Number], chart.Number, Scale, Scale, chart.Number]:
     """Where a space stands, the width, both scales, and the height with the names under the chart."""
     count = len(spaces)
-    pitch = 36 if count <= 14 else 26 if count <= 30 else 17
+    pitch = min(36.0, max(17.0, (NARROWEST - LEFT - RIGHT) / count))
     names = [chart.short(str(space.get("name"))) for space in spaces]
     lean = math.cos(math.radians(TURN)) * chart.LETTER
     left = max([LEFT, *(lean * len(name) - pitch * (index + 0.5) + 4 for index, name in enumerate(names))])
-    width = max(left + pitch * count + RIGHT, 380.0)
+    width = max(left + pitch * count + RIGHT, NARROWEST)
     drop = math.sin(math.radians(TURN)) * chart.LETTER * max(map(len, names)) + 18
     x = Scale(0.0, float(count), left, width - RIGHT)
     y = Scale(low, high, TOP + HEIGHT, TOP)

@@ -1,4 +1,4 @@
-"""The facts of the sections that tell why a merge worked: claims, layers, singular directions, similarity."""
+"""The facts of the sections on an explained merge: claims, layers, singular directions, similarity."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +15,7 @@ CLASSES = {"holds": "yes", "holds partly": "partly", "does not": "no"}
 MOST_SPACES = 1000  # rows of the table
 MOST_LAYERS = 200  # layers whose directions are drawn
 MOST_MAPS = 12
+IN_A_ROW = 300  # pixels of a chart of which three stand in a row
 LARGE = 0.3  # the threshold that the table of layers names beside 0
 
 
@@ -32,7 +33,7 @@ def letters(report: Report) -> list[str]:
 # ---- verdicts
 
 
-def why(report: Report) -> dict[str, Any] | None:
+def claims(report: Report) -> dict[str, Any] | None:
     """The claims and questions with their verdicts, and what was measured on."""
     found = explained(report)
     if found is None:
@@ -44,7 +45,20 @@ def why(report: Report) -> dict[str, Any] | None:
         "models": [(name, files[index] if index < len(files) else "") for index, name in enumerate(letters(report))],
         "data": found.get("data"),
         "seconds": found.get("seconds"),
+        "no_claims": _no_claims(found, len(report["models"])),
+        "options": [(str(name), value) for name, value in (found.get("options") or {}).items() if value is not None],
     }
+
+
+def _no_claims(found: Report, models: int) -> str | None:
+    """Why the claims on weight matching were not judged; None if they were."""
+    if found.get("claims"):
+        return None
+    if models != 2:
+        return f"The claims on weight matching are about two models; these are {models}."
+    if (found.get("options") or {}).get("claims") is False:
+        return "The claims on weight matching were left out (--no-claims)."
+    return "The claims on weight matching were not judged."
 
 
 def _judged(claims: Sequence[Report] | None) -> list[dict[str, Any]]:
@@ -103,17 +117,38 @@ def layers(report: Report) -> dict[str, Any] | None:
         return None
     models, drawn = letters(report), spaces[: depth.MOST_DRAWN]
     charts = [
-        ("Correlation", "Median over the units of a space.", depth.draw_correlations(drawn, models)),
+        ("Correlation", "Median over the units of each space.", depth.draw_correlations(drawn, models)),
         ("What became of the units", _kept(found), depth.draw_labels(drawn, models)),
-        ("Variance", "Merged units over their parents’: at 1 nothing collapsed.", depth.draw_variances(drawn)),
+        (
+            "Variance",
+            "Merged units over their parents’: at 1 nothing collapsed.",
+            depth.draw_variances(drawn, repaired=report.get("repair") is not None),
+        ),
     ]
     return {
         "charts": [each for each in charts if each[2] is not None],
+        "narrow": all(each[2] is None or each[2].width <= IN_A_ROW for each in charts),
+        "skipped": list((found.get("skipped") or {}).items())[:MOST_SPACES],
+        **_matches_alone(report, found),
         "not_drawn": len(spaces) - len(drawn),
         "groups": _groups(spaces, models),
         "spaces": spaces[:MOST_SPACES],
         "left_out": max(0, len(spaces) - MOST_SPACES),
     }
+
+
+def _matches_alone(report: Report, found: Report) -> dict[str, Any]:
+    """The match matrices of all spaces, unless the section on singular directions shows each with its layer."""
+    alone = {} if _has_directions(found) else pictures_of_match(report)
+    return {
+        "matches": list(alone.items()),
+        "refused": refused(picture for pair in alone.values() for picture in pair),
+    }
+
+
+def _has_directions(found: Report) -> bool:
+    """Whether anything was measured about singular directions or barriers."""
+    return bool((found.get("spectra") or {}).get("layers") or found.get("taylor") or found.get("barriers"))
 
 
 def _kept(found: Report) -> str:
@@ -188,7 +223,7 @@ def directions(report: Report) -> dict[str, Any] | None:
     spectrum, taylor = found.get("spectra") or {}, found.get("taylor") or {}
     matches = pictures_of_match(report)
     rows = [layer for layer in spectrum.get("layers") or [] if layer]
-    if not rows and not matches and not taylor:
+    if not _has_directions(found):
         return None
     models = letters(report)
     thresholds = [value for value in map(figures.finite, spectrum.get("thresholds") or []) if value is not None]
@@ -209,6 +244,11 @@ def directions(report: Report) -> dict[str, Any] | None:
         "models": models,
         "distance": (spectrum.get("distance_before"), spectrum.get("distance_after")),
         "taylor": taylor,
+        "unchanged": max(
+            (v for v in (figures.finite(row.get("unchanged")) for row in rows) if v is not None), default=None
+        ),
+        "barriers": [(str(name).replace("_", " "), value) for name, value in (found.get("barriers") or {}).items()],
+        "images": (found.get("data") or {}).get("images"),
         "whole": whole,
         "overlaps": overlaps,
         "panels": panels,
@@ -237,7 +277,7 @@ def _layer(layer: Report, thresholds: Sequence[float], models: Sequence[str]) ->
         "pictures": [each for each in pictures if each[1] is not None],
         "count": len(layer.get("a") or []) or None,
         "distance": (layer.get("distance_before"), layer.get("distance_after")),
-        "input": (layer.get("input_share"), layer.get("input_chance")),
+        "input": (layer.get("input_share"), layer.get("input_chance"), _ratio(layer)),
         "r": [
             (gamma, before[index] if index < len(before) else None, after[index] if index < len(after) else None)
             for index, gamma in enumerate(thresholds)
@@ -245,6 +285,12 @@ def _layer(layer: Report, thresholds: Sequence[float], models: Sequence[str]) ->
         if before or after
         else [],
     }
+
+
+def _ratio(layer: Report) -> float | None:
+    """The share of a layer's input along its top directions over that of chance."""
+    share, chance = figures.finite(layer.get("input_share")), figures.finite(layer.get("input_chance"))
+    return share / chance if share is not None and chance else None
 
 
 def _layer_groups(rows: Sequence[Report], thresholds: Sequence[float]) -> list[Group]:
@@ -265,9 +311,9 @@ def _layer_groups(rows: Sequence[Report], thresholds: Sequence[float]) -> list[G
         if index is not None:
             columns = [Column("before", entry("r_before", index), 3), Column("after", entry("r_after", index), 3)]
             groups.append(Group(f"R at γ = {wanted:g}", columns))
-    groups.append(
-        Group("Share of the input", [Column("found", field("input_share")), Column("chance", field("input_chance"))])
-    )
+    groups.append(Group("Alignment", [Column("Spearman", field("rank_correlation"))]))
+    fed = [Column("found", field("input_share"), 3), Column("chance", field("input_chance"), 3)]
+    groups.append(Group("Share of the input", [*fed, Column("times", _ratio, 1)]))
     return _filled(groups, rows)
 
 
@@ -309,30 +355,47 @@ def alike(report: Report) -> dict[str, Any] | None:
     found = [each for each in (explained(report) or {}).get("cka") or [] if each]
     if not found:
         return None
-    maps = []
+    tables = []
     for each in found[:MOST_MAPS]:
         rows, columns = ([str(name) for name in each.get(key) or []] for key in ("rows", "columns"))
+        if rows and columns and max(len(rows), len(columns)) <= heatmap.LARGEST:
+            tables.append((each, rows, columns))
+    everything = list(dict.fromkeys(name for _, rows, columns in tables for name in (*rows, *columns)))
+    shortened, start, end = heatmap.shorten(everything)
+    names = dict(zip(everything, shortened, strict=True))
+    side = max((max(len(rows), len(columns)) for _, rows, columns in tables), default=1)
+    cells = heatmap.cells_for(shortened, side)
+    # Names of rows stand once for the maps beside one another, if they are those of all.
+    together = cells.together and all(rows == tables[0][1] for _, rows, _ in tables)
+    maps = []
+    for each, rows, columns in tables:
         first, second = [*map(str, each.get("models") or []), "A", "B"][:2]
         values = [[figures.finite(value) for value in row] for row in each.get("values") or []]
-        if not rows or not columns or max(len(rows), len(columns)) > heatmap.LARGEST:
-            continue
         same, other = _diagonal(rows, columns, values)
         words = f"CKA of the layers of {first}, in rows, and of {second}, in columns."
         if same is not None and other is not None:
             words += f" Mean {same:.2f} between layers of the same name, {other:.2f} between others."
+        short = [[names[name] for name in part] for part in (rows, columns)]
         maps.append(
             {
                 "name": f"{first} and {second}",
                 "first": first,
                 "second": second,
-                "picture": heatmap.draw_heatmap(rows, columns, values, (first, second), words),
+                "picture": heatmap.draw_heatmap(short[0], short[1], values, (first, second), words, cells.size),
                 "rows": list(zip(rows, values, strict=True)),
                 "columns": columns,
                 "same": same,
                 "other": other,
             }
         )
-    return {"maps": maps, "scale": heatmap.draw_scale(), "left_out": len(found) - len(maps)}
+    return {
+        "maps": maps,
+        "together": together,
+        "start": start,
+        "end": end,
+        "scale": heatmap.draw_scale(),
+        "left_out": len(found) - len(maps),
+    }
 
 
 def _diagonal(

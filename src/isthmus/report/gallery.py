@@ -124,8 +124,17 @@ def units(report: Report) -> dict[str, Any] | None:
     if not spaces:
         return None
     pictures = _spaces(report)
+    mixed = {
+        space.get("name") for space in report["symmetry"].get("spaces") or [] if None in (space.get("moved") or [])
+    }
     cards = [
-        (str(space.get("name")), [_card(space, entry, models, pictures) for entry in space["gallery"][:MOST_UNITS]])
+        (
+            str(space.get("name")),
+            [
+                _card(space, entry, models, pictures, space.get("name") in mixed)
+                for entry in space["gallery"][:MOST_UNITS]
+            ],
+        )
         for space in spaces
     ]
     columns = [column for _, group in cards for card in group for column in card["columns"]]
@@ -147,7 +156,8 @@ def units(report: Report) -> dict[str, Any] | None:
         "seconds": (report.get("features") or {}).get("seconds"),
         "has_pictures": any(picture.uri for picture in kept),
         "refused": refused(kept),
-        "threshold": found.get("threshold"),
+        # The deepest space says most: pictures of the first are mostly one colour or one edge.
+        "deepest": len(cards) - 1,
     }
 
 
@@ -163,11 +173,16 @@ def score_names(models: Sequence[str]) -> list[str]:
     ]
 
 
-def _card(space: Report, entry: Report, models: Sequence[str], pictures: Mapping[str, Report]) -> dict[str, Any]:
-    """One unit: a column of pictures for each model, the merged network and the naive one, and its scores."""
+def _card(
+    space: Report, entry: Report, models: Sequence[str], pictures: Mapping[str, Report], mixed: bool
+) -> dict[str, Any]:
+    """One unit: a column of pictures for each model, the merged network and the naive one, and its scores.
+
+    `mixed` says that a linear map has mixed the models' units.
+    """
     unit, name = int(entry["unit"]), str(space.get("name"))
     found = space.get("per_unit") or {}
-    matched = _own_units(found.get("matched"), unit, len(models))
+    sources = _own_units(found.get("sources"), unit, mixed)
     per_model = {key: [_at(row, unit) for row in found.get(key) or []] for key in ("r_models", "r_naive")}
     overlap = [_at(row, unit) for row in found.get("top_overlap") or []]
     across = entry.get("cross_activation") or []
@@ -186,7 +201,7 @@ def _card(space: Report, entry: Report, models: Sequence[str], pictures: Mapping
             {
                 "title": model if index < len(models) else model.capitalize(),
                 "css": chart.model_class(index) if index < len(models) else model,
-                "own": matched.get(index),
+                "own": sources[index] if index < min(len(sources), len(models)) else None,
                 "picture": show(drawn.get(model), whose),
                 "top": show(top.get(model), f"images that excite {whose} most"),
                 "r": [
@@ -236,9 +251,10 @@ def _at(values: Any, unit: int) -> Any:
     return values[unit] if isinstance(values, list) and 0 <= unit < len(values) else None
 
 
-def _own_units(matched: Any, unit: int, models: int) -> dict[int, str]:
-    """By model, which of its own units was matched, from a list for the second or lists for each after the first."""
-    rows = matched if isinstance(matched, list) else []
-    rows = rows if rows and isinstance(rows[0], list) else [rows]
-    numbers = {index: figures.finite(_at(row, unit)) for index, row in enumerate(rows, start=1) if index < models}
-    return {index: f"its unit {number:.0f}" for index, number in numbers.items() if number is not None}
+def _own_units(sources: Any, unit: int, mixed: bool) -> list[str]:
+    """Which unit of each model stands in a slot of the common frame, or, where units are mixed, counts most there."""
+    numbers = [figures.finite(_at(row, unit)) for row in sources or []]
+    return [
+        "none of its units" if number is None else f"{'mostly ' if mixed else ''}its unit {number:.0f}"
+        for number in numbers
+    ]

@@ -407,7 +407,7 @@ SECTIONS = (
     Section("scores", "Scores", scores),
     Section("path", "The path between the parents", path),
     Section("triangle", "The triangle between the parents", triangle.triangle),
-    Section("why", "Why it worked", explained.why),
+    Section("claims", "Claims and questions", explained.claims),
     Section("layers", "Layer by layer", explained.layers),
     Section("directions", "Singular directions", explained.directions),
     Section("alike", "Alike?", explained.alike),

@@ -66,12 +66,9 @@ def draw_agreement(
     if not series or not gammas or any(value is None for value in gammas):
         return None
     values = [value for *_, numbers in series for value in numbers if value is not None]
-    low, high = min(0.0, *values), max(0.1, *values)
-    up = chart.ticks(low, high)
-    step = up[1] - up[0] if len(up) > 1 else 0.1
-    low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    low, high, up = chart.limits(min(0.0, *values), max(0.1, *values))
     x, y = _scales(0.0, max([0.1, *(value for value in gammas if value is not None)]), low, high)
-    parts = [chart.axes(x, y, chart.ticks(x.low, x.high), chart.ticks(low, high), ("threshold γ", "R"))]
+    parts = [chart.axes(x, y, chart.ticks(x.low, x.high), up, ("threshold γ", "R"))]
     said = []
     for kind, css, mark, numbers in series:
         points = [
@@ -100,20 +97,14 @@ def draw_alignment(layer: Mapping[str, Any], models: Sequence[str]) -> Drawing |
     high = max(value for value, _ in pairs)
     low = max(min(value for value, _ in pairs), DEEPEST * high)
     lowest, highest = min(0.0, *(along for _, along in pairs)), max(along for _, along in pairs)
-    up = chart.ticks(lowest, max(highest, lowest + 0.05))
-    step = up[1] - up[0] if len(up) > 1 else 0.1
-    x, y = _scales(
-        low * 0.9, high * 1.1, math.floor(lowest / step + 1e-9) * step, math.ceil(up[-1] / step - 1e-9) * step,
-        logarithmic_x=True,
-    )  # fmt: skip
-    if highest > y.high:
-        y = y._replace(high=y.high + step)
+    bottom, top, up = chart.limits(lowest, max(highest, lowest + 0.05))
+    x, y = _scales(low * 0.9, high * 1.1, bottom, top, logarithmic_x=True)
     first = models[0] if models else "A"
     across = chart.log_ticks(x.low, x.high)
     if len(across) > 6:
         across = across[:: math.ceil(len(across) / 6)]
     parts = [
-        chart.axes(x, y, across, chart.ticks(y.low, y.high), (f"singular value of {first}", "alignment")),
+        chart.axes(x, y, across, up, (f"singular value of {first}", "alignment")),
         chart.dots(((x.place(value), y.place(along)) for value, along in pairs), "aligned"),
     ]
     half = max(1, len(pairs) // 2)

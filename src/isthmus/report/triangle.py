@@ -103,7 +103,7 @@ def draw_simplex(
     places = places_of(simplex)
     edges = list(bands) if bands is not None else bands_of(places.losses)
     points = [locate(place) for place in places.coefficients]
-    parts = [write(6, 16, heading, 10.5, anchor="start", bold=True)]
+    parts = [write(6.0, 16.0, heading, 10.5, anchor="start", bold=True)]
     outline = "L".join(f"{chart.number(x)} {chart.number(y)}" for x, y in CORNERS)
     parts.append(f'<path style="fill: {colour_of("surface")}" d="M{outline}Z"/>')
     parts += fill_bands(cells(places), edges)
@@ -347,7 +347,7 @@ def mark_centre_and_rise(places: Places, points: Sequence[Point], edges: Sequenc
     rise, top = max(rises)
     if rise >= SMALLEST_RISE * (edges[-1] - edges[0]) and rise > 0:
         x, y = points[top]
-        parts.append(write(x, y + 14, f"+{rise:.2f}", 9, over=True))
+        parts.append(write(x, y + 14, f"+{rise:.2f}", 9.0, over=True))
     return parts
 
 
@@ -366,9 +366,9 @@ def draw_scale(edges: Sequence[float]) -> list[str]:
     if edges[0] == edges[-1]:
         return [
             *parts,
-            write(left + width + 5, top + height / 2 + 3.2, chart.label(float(f"{edges[0]:.4g}")), 9, anchor="start"),
+            write(left + width + 5, top + height / 2 + 3.2, chart.label(float(f"{edges[0]:.4g}")), 9.0, anchor="start"),
         ]
     for index, edge in enumerate(edges):
         y = top + height - index * step
-        parts.append(write(left + width + 5, y + 3.2, chart.label(edge), 9, anchor="start"))
+        parts.append(write(left + width + 5, y + 3.2, chart.label(edge), 9.0, anchor="start"))
     return parts

@@ -7,6 +7,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from isthmus.symmetry import Symmetry
+from isthmus.trace.absorption import settle
 from isthmus.trace.capture import capture, state_tensors, tied_names
 from isthmus.trace.execute import execute
 from isthmus.trace.proof import Proof, verify
@@ -36,8 +37,9 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     program = capture(model, inputs, kwargs)
     tracing = execute(program, RULES)
+    gains = settle(tracing, program)
     places = solve(tracing)
-    spaces, names = describe_spaces(tracing, places, list(shapes))
+    spaces, gauges, names = describe_spaces(tracing, places, list(shapes), gains)
     tied = tied_names(model)
     read = set(tracing.parameters) | {alias for alias, name in tied.items() if name in tracing.parameters}
     return Symmetry(
@@ -46,5 +48,7 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
         shapes=shapes,
         tied=tied,
         untouched=tuple(name for name in shapes if name not in read and state[name].is_floating_point()),
+        gains=tuple(gains),
+        gauges=tuple(gauges),
         program=describe_graph(tracing, places, program, names),
     )

@@ -64,6 +64,27 @@ class BatchNorm:
     epsilon: float
 
 
+@dataclass(frozen=True, eq=False)
+class GainUse:
+    """A product of an activation with one factor a unit; whether it ties units down is known once all has run.
+
+    Attributes:
+        node: Graph node of the product.
+        axis: The dimension of the node's value that the factors lie along.
+        parameter: State-dict name of the factors.
+        offset: What is added to the parameter before it multiplies.
+        bias: State-dict name of a shift that the same node adds, or None.
+        values: What is used unit by unit if the factors cannot be taken in by what reads the product.
+    """
+
+    node: fx.Node
+    axis: int
+    parameter: str
+    offset: float
+    bias: str | None
+    values: tuple[Value, ...]
+
+
 @dataclass(eq=False)
 class Tracing:
     """What has been learnt from a graph so far.
@@ -75,6 +96,9 @@ class Tracing:
         contractions: Products of activations with parameters.
         batch_norms: Normalisations by running statistics.
         nonlinear: Nodes that are the input of a nonlinear pointwise operation.
+        gain_uses: Products with one factor a unit.
+        squares: Values that are squares, by node: harmless where they are only summed over all units.
+        offsets: Nodes that are a parameter plus a number: the parameter, the number and the node's value.
         slots: Units that number the slots of tensors of chosen indices, by the history and shape of the indices.
         cut: For nodes that select a part of a value, the units that are in no part of it.
     """
@@ -85,6 +109,9 @@ class Tracing:
     contractions: list[Contraction] = field(default_factory=list)
     batch_norms: list[BatchNorm] = field(default_factory=list)
     nonlinear: list[str] = field(default_factory=list)
+    gain_uses: list[GainUse] = field(default_factory=list)
+    squares: dict[str, Value] = field(default_factory=dict)
+    offsets: dict[str, tuple[str, float, Value]] = field(default_factory=dict)
     cut: dict[str, list[Ids]] = field(default_factory=dict)
     slots: dict[tuple[tuple[str, ...], tuple[int, ...]], Ids] = field(default_factory=dict)
 

@@ -27,6 +27,13 @@ WILDCARD = -1
 # Evidence level of units that a product of two activations sums over: T and T⁻¹ cannot be told apart there.
 ORTHOGONAL_LEVEL = 1
 
+# Evidence level of units that are all summed alike, or that all receive the same number.
+FIXING_ONES_LEVEL = 2
+
+# Factors that an operation hands on, so that a unit may be multiplied by them: bits of a set.
+SIGN, SCALE = 1, 2
+EVERY_FACTOR = SIGN | SCALE
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -121,6 +128,7 @@ class Units:
         self._kin: dict[int, int] = {}  # axes of which units were united or joined, each with a smaller one
         self._known: set[tuple[tuple[int, ...], bytes]] = set()
         self._level = np.empty(0, dtype=np.int8)  # evidence against richer groups, see GROUPS in spaces.py
+        self._factors = np.empty(0, dtype=np.int8)  # by which factors a unit may be multiplied, as far as is known
         self.contracted = np.empty(0, dtype=bool)
         self.kept = np.empty(0, dtype=bool)
         self.size = 0
@@ -142,6 +150,7 @@ class Units:
             self._reason = np.concatenate([self._reason, np.full(more, -1)])
             self._axis = np.concatenate([self._axis, np.zeros(more, dtype=np.int64)])
             self._level = np.concatenate([self._level, np.zeros(more, dtype=np.int8)])
+            self._factors = np.concatenate([self._factors, np.full(more, EVERY_FACTOR, dtype=np.int8)])
             self.contracted = np.concatenate([self.contracted, np.zeros(more, dtype=bool)])
             self.kept = np.concatenate([self.kept, np.zeros(more, dtype=bool)])
         if count:
@@ -206,16 +215,23 @@ class Units:
             self._reason[roots] = len(self.reasons)
             self.reasons.append(Reason(*self.place, text, expected))
 
-    def limit(self, ids: Labels, level: int) -> None:
-        """Records evidence that units allow no richer group than that of `level`."""
+    def limit(self, ids: Labels, level: int, factors: int = 0) -> None:
+        """Records evidence that units allow no richer group than that of `level`, and no factors but `factors`."""
         ids = ids[ids != WILDCARD]
         self._level[ids] = np.maximum(self._level[ids], level)
+        self._factors[ids] &= factors
 
     def levels(self) -> Int[np.ndarray, " units"]:
         """The strongest evidence against richer groups, at each representative."""
         levels = np.zeros(self.size, dtype=np.int64)
         np.maximum.at(levels, self.find(np.arange(self.size)), self._level[: self.size])
         return levels
+
+    def factors(self) -> Int[np.ndarray, " units"]:
+        """The factors that all that is known leaves, at each representative."""
+        factors = np.full(self.size, EVERY_FACTOR, dtype=np.int64)
+        np.bitwise_and.at(factors, self.find(np.arange(self.size)), self._factors[: self.size].astype(np.int64))
+        return factors
 
     def is_news(self, units: Labels) -> bool:
         """Whether conclusions from these units have not been drawn yet; from now on they have."""

@@ -15,9 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from isthmus.errors import InputError, SymmetryError
-from isthmus.symmetry import Space, Symmetry
+from isthmus.gains import fold_state, foldable
+from isthmus.gauges import random_factors, rescaled
+from isthmus.groups import SPREAD, random_element
+from isthmus.symmetry import Group, Space, Symmetry
 from isthmus.trace.capture import share_structure
-from isthmus.transform import Permutation, Transforms, move_state
+from isthmus.transform import Permutation, Transform, Transforms, move_state
 
 # A control must exceed the tolerance by this factor to count as a change of the function, and not as rounding.
 CONTROL_FACTOR = 1e3
@@ -40,7 +43,7 @@ class Proof:
     Attributes:
         max_error: Largest relative change of the outputs over all trials.
         tolerance: The largest change that rounding explains.
-        trials: Random transforms tried, each with new weights and inputs.
+        trials: How often random transforms were tried, with new weights and inputs each time.
         controls: For each touched tensor, the change of the outputs when it alone is left unmoved; where a gradient
             tells it, the change to first order, as root mean square of the outputs, which is no more than the largest.
         no_ops: Touched tensors that the outputs do not depend on, so that the proof says nothing about them.
@@ -71,14 +74,18 @@ def verify(
 ) -> Proof:
     """Proof that random transforms of all spaces keep the model's function; the model is left as it was.
 
-    Every trial draws a transform uniformly from the group that the symmetry claims. If the claim is wrong, the
-    transforms that do keep the function are a proper subgroup, which holds half of the group at most: a wrong symmetry
-    passes with probability 2^-trials or less.
+    Every trial draws permutations of all spaces, uniformly. If the claim is wrong, those that do keep the function are
+    a proper subgroup, which holds half of them at most: a wrong symmetry passes with probability 2^-trials or less.
+    Units that are free in sign or scale (`Symmetry.gauges`) take random factors, all at once. Where a space allows
+    more than permutations, the trial draws elements of all spaces' groups too: rotations uniformly, invertible maps
+    with a condition number of two at most. Of these a proper subgroup holds almost none. Gains that can be folded are
+    folded first, so that the folding is proved too.
 
     Runs in float64 and `eval()` on fresh weights of the model's own scale, since a trained or newly initialised network
     may hardly depend on some of its tensors. The tolerance is eps · √(longest sum) · depth · 8: a forward error bound
     with errors that add like a random walk inside a sum, and add up from one operation to the next. Weights at which
-    the network itself magnifies errors (a norm over nearly equal numbers) raise it by the measured factor.
+    the network itself magnifies errors (a norm over nearly equal numbers) raise it by the measured factor. Invertible
+    maps and their inverses magnify rounding by their condition numbers, whose product raises the tolerance.
 
     Args:
         model: A model of the traced architecture.
@@ -98,20 +105,32 @@ def verify(
     if not inputs and not kwargs:
         raise InputError("no example input: give verify one batch of inputs, as the model's forward takes them")
     rng = np.random.default_rng(seed)
+    more = np.random.default_rng([seed, 1])  # of its own, so that the same permutations are tried whatever else is
     network = double(model)
     tolerance = rounding(symmetry, torch.finfo(torch.float64).eps)
+    if any(space.group is Group.INVERTIBLE for space in symmetry):
+        tolerance *= SPREAD**4
     worst = 0.0
     for _ in range(trials):
         sample = draw(network, symmetry, (inputs, dict(kwargs or {})), rng)
-        transforms = {space.name: Permutation.random(space, rng) for space in symmetry}
-        error = sample.change(move_state(sample.state, transforms, symmetry))
-        worst = max(worst, error)
-        allowed = tolerance if error <= tolerance else tolerance * max(1.0, sample.sensitivity(rng))
-        if not error <= allowed:
-            raise SymmetryError(
-                f"a transform of {culprit(sample, symmetry, transforms, allowed)} changes the outputs by {error:.1e} "
-                f"(rounding explains {allowed:.1e}): this symmetry is wrong, do not use it"
-            )
+        for transforms in draw_transforms(symmetry, rng, more):
+            error = sample.change(moved_by(transforms, sample.state, symmetry))
+            worst = max(worst, error)
+            allowed = tolerance if error <= tolerance else tolerance * max(1.0, sample.sensitivity(rng))
+            if not error <= allowed:
+                raise SymmetryError(
+                    f"a transform of {culprit(sample, symmetry, transforms, allowed)} changes the outputs by "
+                    f"{error:.1e} (rounding explains {allowed:.1e}): this symmetry is wrong, do not use it"
+                )
+        if symmetry.gauges:
+            error = sample.change(rescaled(sample.state, symmetry, random_factors(symmetry, more)))
+            worst = max(worst, error)
+            allowed = tolerance if error <= tolerance else tolerance * max(1.0, sample.sensitivity(rng))
+            if not error <= allowed:
+                raise SymmetryError(
+                    f"factors of the units of {', '.join(gauge.space for gauge in symmetry.gauges)} change the outputs "
+                    f"by {error:.1e} (rounding explains {allowed:.1e}): these gauges are wrong, do not use them"
+                )
     threshold = CONTROL_FACTOR * tolerance
     changes = control(network, symmetry, (inputs, dict(kwargs or {})), rng, threshold) if controls else {}
     silent = tuple(name for name, effect in changes.items() if effect <= threshold)
@@ -141,19 +160,22 @@ def fresh_weights(network: nn.Module, symmetry: Symmetry, rng: np.random.Generat
     """Random weights of the scale of the model's own, such that every tensor matters.
 
     Matrices are drawn with their own root mean square; vectors are moved by 0.3 of a normal draw, so that gains stay
-    near theirs (a gain of shape [n, 1, 1] is a vector too); variances are drawn between 0.5 and 1.5. Tensors that no
-    space touches are drawn too, since a site may be missing; buffers among them keep signs and infinities, being scaled
-    by 0.5 to 1.5 unless they are all zero.
+    near theirs (a gain of shape [n, 1, 1] is a vector too); variances, and gains that can be folded, are drawn between
+    0.5 and 1.5. Tensors that no space touches are drawn too, since a site may be missing; buffers among them keep signs
+    and infinities, being scaled by 0.5 to 1.5 unless they are all zero.
     """
     state = dict(network.state_dict())
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     variances = {site.parameter for space in symmetry for site in space.sites if site.role == "variance"}
+    gains = {gain.parameter: gain for gain in foldable(symmetry)}
     drawn = set(symmetry.sites) | {name for name, _ in network.named_parameters()}
     for name, old in state.items():
         if not old.is_floating_point() or not old.numel() or name in symmetry.tied:
             continue
         if name in variances:
             state[name] = around_one(old.shape, generator)
+        elif name in gains:
+            state[name] = around_one(old.shape, generator) - gains[name].offset
         elif name not in drawn:
             state[name] = old * around_one(old.shape, generator) if old.any() else 0.3 * normal(old.shape, generator)
         elif old.numel() == max(old.shape, default=1):
@@ -445,10 +467,33 @@ def control(
     return changes
 
 
+def draw_transforms(
+    symmetry: Symmetry, rng: np.random.Generator, more: np.random.Generator
+) -> list[dict[str, Transform]]:
+    """Random permutations of all spaces, and, where some space allows more, random elements of all spaces' groups.
+
+    Args:
+        symmetry: The spaces.
+        rng: Draws permutations.
+        more: Draws what is no permutation.
+    """
+    drawn: list[dict[str, Transform]] = [{space.name: Permutation.random(space, rng) for space in symmetry}]
+    if any(space.group is not Group.PERMUTATION for space in symmetry):
+        drawn.append({space.name: random_element(space, more) for space in symmetry})
+    return drawn
+
+
+def moved_by(transforms: Transforms, state: Mapping[str, Tensor], symmetry: Symmetry) -> dict[str, Tensor]:
+    """The state under transforms; gains are folded first where some space is not just permuted."""
+    if not all(isinstance(transform, Permutation) for transform in transforms.values()):
+        state = fold_state(state, symmetry)
+    return move_state(state, transforms, symmetry)
+
+
 def culprit(sample: Sample, symmetry: Symmetry, transforms: Transforms, tolerance: float) -> str:
     """The first space whose transform alone changes the function."""
     for space in symmetry:
         alone = {s.name: transforms[s.name] if s is space else Permutation.identity(s) for s in symmetry}
-        if not sample.change(move_state(sample.state, alone, symmetry)) <= tolerance:
+        if not sample.change(moved_by(alone, sample.state, symmetry)) <= tolerance:
             return f"space {space.name}"
     return "several spaces together"

@@ -75,3 +75,9 @@ def program_for(program: Program, batch: Batch) -> Program:
 def first_float(state: Mapping[str, Tensor]) -> Tensor:
     """A tensor whose precision and device stand for those of a whole state."""
     return next((tensor for tensor in state.values() if tensor.is_floating_point()), torch.zeros(()))
+
+
+def node_shapes(program: Program) -> dict[str, torch.Size]:
+    """The shape of every node's value; nodes whose value is no tensor, such as the list of a split, have none."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    return {name: value.shape for name, value in values.items() if isinstance(value, Tensor)}

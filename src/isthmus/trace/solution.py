@@ -28,6 +28,7 @@ class Block:
     roots: Int[np.ndarray, "copies size"]
     parent: int | None
     level: int = 0
+    factors: int = 0
 
     @property
     def copies(self) -> int:

@@ -3,16 +3,18 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Int
 
-from isthmus.symmetry import Frozen, Group, Site, Space
+from isthmus.symmetry import Frozen, Gain, Gauge, Group, Site, Space
 from isthmus.trace.capture import Program
 from isthmus.trace.execute import BatchNorm, Contraction, Tracing
 from isthmus.trace.labels import (
     ORTHOGONAL_LEVEL,
+    SCALE,
+    SIGN,
     WILDCARD,
     Hashes,
     Ids,
@@ -216,9 +218,11 @@ def build_blocks(
     classes: dict[int, list[int]] = defaultdict(list)
     for root in depths:
         classes[int(colours[root])].append(root)
-    levels = units.levels()
+    levels, factors = units.levels(), units.factors()
     while (levels[edges[:, 1]] < levels[edges[:, 0]]).any():  # what holds for units holds for what they are inside of
         np.maximum.at(levels, edges[:, 1], levels[edges[:, 0]])
+    while (factors[edges[:, 1]] & ~factors[edges[:, 0]]).any():
+        np.bitwise_and.at(factors, edges[:, 1], factors[edges[:, 0]])
     for members in sorted(classes.values(), key=lambda group: (depths[group[0]], min(group))):
         above = {root: direct_parents(root, parents) for root in members}
         families: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -226,6 +230,8 @@ def build_blocks(
             families[tuple(above[root])].append(root)
         if not place_class(solution, families, tags, levels):
             return solution, np.array(members)
+    for block in solution.blocks:
+        block.factors = int(np.bitwise_and.reduce(factors[block.roots.ravel()]))
     return solution, None
 
 
@@ -345,11 +351,22 @@ def irregular_sites(tracing: Tracing, places: Places) -> Ids | None:
     return None
 
 
-def describe_spaces(tracing: Tracing, places: Places, names: Sequence[str]) -> tuple[list[Space], list[str]]:
-    """The public spaces, parents first, and for each block of the solution its space's name ("" where it has none)."""
+def describe_spaces(
+    tracing: Tracing, places: Places, names: Sequence[str], gains: Sequence[Gain] = ()
+) -> tuple[list[Space], list[Gauge], list[str]]:
+    """The public spaces, parents first, their gauges, and every block's name ("" where it has no space).
+
+    Args:
+        tracing: What was learnt from the graph.
+        places: Where the spaces under construction lie.
+        names: The state dict's, in order.
+        gains: The norms' gains.
+    """
     variances = {norm.variance for norm in tracing.batch_norms}
+    absorbed = {gain.parameter for gain in gains if not gain.obstacle}
     sites: dict[int, list[Site]] = defaultdict(list)
     solution = places.solution
+    gauged = {index for index, block in enumerate(solution.blocks) if block.factors}
     levels = [block.level for block in solution.blocks]
     ordered = sorted(tracing.parameters.items(), key=lambda item: names.index(item[0]))
     for name, value in ordered:
@@ -358,32 +375,40 @@ def describe_spaces(tracing: Tracing, places: Places, names: Sequence[str]) -> t
                 ids = layer[layer != WILDCARD]
                 contracted, kept = tracing.units.contracted[ids].any(), tracing.units.kept[ids].any()
                 if contracted and kept:
+                    gauged.discard(block)
                     # It moves by T and by T⁻¹ at once.
                     levels[block] = max(levels[block], ORTHOGONAL_LEVEL)
                 role = "variance" if name in variances else "covector" if contracted and not kept else "vector"
                 sites[block].append(Site(name, dims, positions, role))
     has_children = {block.parent for block in solution.blocks}
+    for block, level in enumerate(levels):
+        if block not in has_children and GROUPS[level] is not Group.PERMUTATION:
+            sites[block] = [replace(s, role="diagonal") if s.parameter in absorbed else s for s in sites[block]]
     chosen: dict[int, str] = {}
     taken: set[str] = set()
     for block in range(len(solution.blocks)):
         if sites[block]:
             chosen[block] = unique_name(sites[block], solution.blocks[block].parent is not None, taken)
-    spaces = []
+    spaces: list[Space] = []
+    gauges: list[Gauge] = []
     for block, found in enumerate(solution.blocks):
         if block not in chosen:
             continue
-        nested = found.parent is not None or block in has_children
+        if block in gauged - has_children and GROUPS[levels[block]] is Group.PERMUTATION:
+            kinds = [kind for bit, kind in ((SIGN, "sign"), (SCALE, "scale")) if found.factors & bit]
+            gauges += [Gauge(chosen[block], kind) for kind in kinds]
         spaces.append(
             Space(
                 name=chosen[block],
                 size=found.size,
-                group=Group.PERMUTATION if nested else GROUPS[levels[block]],
+                # Units that hold others are no vectors: only whole units can change places.
+                group=Group.PERMUTATION if block in has_children else GROUPS[levels[block]],
                 sites=tuple(sites[block]),
                 parent=None if found.parent is None else chosen[found.parent],
                 copies=found.copies,
             )
         )
-    return spaces, [chosen.get(block, "") for block in range(len(solution.blocks))]
+    return spaces, gauges, [chosen.get(block, "") for block in range(len(solution.blocks))]
 
 
 def unique_name(sites: Sequence[Site], nested: bool, taken: set[str]) -> str:

@@ -9,6 +9,7 @@ from torch import fx
 from isthmus.trace.execute import Contraction, Rule, Tracing, freeze_value
 from isthmus.trace.labels import (
     ORTHOGONAL_LEVEL,
+    Labels,
     Units,
     Value,
     compress,
@@ -51,10 +52,21 @@ def is_told_apart(units: Units, value: Value, ndim: int, gone: set[int]) -> bool
     """Whether no two of the positions that are summed over hold the same number: only such can be mixed at will."""
     offset = ndim - len(value.shape)
     shape = tuple(size if d + offset in gone else 1 for d, size in enumerate(value.shape))
+    if any(differs_in_every_row(units, layer, gone, offset) for layer in value.layers):
+        return True
     telling = [layer for layer in value.layers if {d + offset for d in support(layer)} <= gone]
     labels = [np.zeros(int(np.prod(shape)), dtype=np.int64)]
     labels += [np.broadcast_to(units.find(layer), shape).ravel() for layer in telling]
     return np.unique(np.stack(labels), axis=1).shape[1] == len(labels[0])
+
+
+def differs_in_every_row(units: Units, layer: Labels, gone: set[int], offset: int) -> bool:
+    """Whether a layer that varies along one summed dimension, and others, gives each place of a sum another label."""
+    summed = [d for d in support(layer) if d + offset in gone]
+    if len(gone) != 1 or len(summed) != 1:
+        return False
+    rows = np.sort(np.moveaxis(units.find(layer), summed[0], -1), axis=-1)
+    return bool((rows[..., 1:] != rows[..., :-1]).all())
 
 
 def record(tracing: Tracing, node: fx.Node, weight: object, bias: object, channel: int, output: int = 0) -> None:

@@ -5,8 +5,17 @@ from types import SimpleNamespace
 
 from torch import fx
 
-from isthmus.trace.execute import BatchNorm, Rule, Tracing
-from isthmus.trace.labels import Units, Value, merge, reduce, reshape
+from isthmus.trace.execute import BatchNorm, GainUse, Rule, Tracing
+from isthmus.trace.labels import (
+    FIXING_ONES_LEVEL,
+    ORTHOGONAL_LEVEL,
+    Units,
+    Value,
+    merge,
+    reduce,
+    reshape,
+    support,
+)
 from isthmus.trace.rules.contraction import argument
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
 
@@ -44,12 +53,38 @@ def normalised(units: Units, x: Value, parts: list[Value]) -> Value:
 
 
 def layer_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
-    """Normalisation over the last dimensions of each sample."""
+    """Normalisation over the last dimensions of each sample: by a norm (`rms_norm`), or by that of centred values.
+
+    A norm is kept by rotations, that of centred values by those that keep the ones vector. The gains are not, but what
+    reads the result may be able to take them in.
+    """
     x: Value = a.input
     count = len(a.normalized_shape)
     statistics = reduce(tracing.units, x, range(-count, 0), keepdim=True)
     gains = [value for value in (a.weight, getattr(a, "bias", None)) if value is not None]
-    return normalised(tracing.units, x, [statistics, *gains])
+    if count > 1:
+        return normalised(tracing.units, x, [statistics, *gains])
+    out = merge(tracing.units, [x, statistics, *gains])
+    axis = len(x.shape) - 1
+    centres = str(getattr(node.target, "overloadpacket", node.target)) != "aten.rms_norm"
+    level = FIXING_ONES_LEVEL if centres else ORTHOGONAL_LEVEL
+    for layer in out.layers:
+        if axis in support(layer):
+            tracing.units.limit(layer.ravel(), level if support(layer) == (axis,) else PERMUTATION_LEVEL)
+    if a.weight is None:
+        return out
+    weight = tracing.source_of(named_argument(node, 2, "weight"))
+    bias = tracing.source_of(named_argument(node, 3, "bias")) if getattr(a, "bias", None) is not None else None
+    if weight is None or (bias is None and getattr(a, "bias", None) is not None):
+        limit_value(tracing.units, out, PERMUTATION_LEVEL)
+    else:
+        tracing.gain_uses.append(GainUse(node, axis, weight, 0.0, bias, (out,)))
+    return out
+
+
+def named_argument(node: fx.Node, index: int, name: str) -> object:
+    """A graph argument that is given by place or by name; None where it was left out."""
+    return node.kwargs.get(name, argument(node, index))
 
 
 def group_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:

@@ -6,8 +6,19 @@ from typing import Any
 
 from torch import fx
 
-from isthmus.trace.execute import Rule, Tracing, values_in
-from isthmus.trace.labels import Units, Value, lift, merge, narrow, one_to_one, support
+from isthmus.trace.execute import GainUse, Rule, Tracing, values_in
+from isthmus.trace.labels import (
+    FIXING_ONES_LEVEL,
+    SCALE,
+    SIGN,
+    Units,
+    Value,
+    lift,
+    merge,
+    narrow,
+    one_to_one,
+    support,
+)
 
 # Evidence levels: 0 says that only linear maps were seen, 3 that a unit is used as a single number.
 PERMUTATION_LEVEL = 3
@@ -15,13 +26,22 @@ PERMUTATION_LEVEL = 3
 # Linear in each operand, as long as only one operand carries a space.
 SUMS = {"aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.rsub"}
 PRODUCTS = {"aten.mul", "aten.mul_", "aten.div", "aten.div_"}
+ADDITIONS = {"aten.add", "aten.add_"}
+MULTIPLICATIONS = {"aten.mul", "aten.mul_"}
 LINEAR = {"aten.neg", "aten.neg_", "aten.positive", "aten.clone", "aten.alias", "aten._to_copy", "aten.to"}
 
 
-def limit_value(units: Units, value: Value, level: int) -> None:
-    """Records evidence against richer groups for all units of a value."""
+# Odd functions hand on a sign; functions of degree one a positive factor.
+FACTORS = {
+    **dict.fromkeys(("aten.tanh", "aten.sin", "aten.sinh", "aten.asinh", "aten.atan", "aten.erf"), SIGN),
+    **dict.fromkeys(("aten.relu", "aten.leaky_relu", "aten.abs"), SCALE),
+}
+
+
+def limit_value(units: Units, value: Value, level: int, factors: int = 0) -> None:
+    """Records evidence against richer groups, and all factors but `factors`, for all units of a value."""
     for layer in value.layers:
-        units.limit(layer.ravel(), level)
+        units.limit(layer.ravel(), level, factors)
 
 
 def pointwise(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
@@ -29,22 +49,65 @@ def pointwise(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     operands = values_in(vars(a))
     out = merge(tracing.units, operands)
     name = str(getattr(node.target, "overloadpacket", node.target))
-    if name in SUMS:
+    if is_square(node, name):
+        tracing.squares[node.name] = out
+    elif name in SUMS:
         plain = [x for x in vars(a).values() if isinstance(x, int | float) and not isinstance(x, bool)]
-        if len(operands) < 2 and any(plain):
-            limit_value(tracing.units, out, PERMUTATION_LEVEL)
+        parameter = tracing.source_of(node.args[0]) if name in ADDITIONS and len(operands) == 1 else None
+        if parameter is not None and getattr(a, "alpha", 1) == 1:
+            tracing.offsets[node.name] = (parameter, float(plain[0]), out)
+        elif len(operands) < 2 and any(plain):
+            limit_value(tracing.units, out, FIXING_ONES_LEVEL)
         limit_sum(tracing.units, out, operands)
     elif name in PRODUCTS:
-        for index, value in enumerate(operands):
-            others = {d for other in operands[:index] + operands[index + 1 :] for d in varying(other, len(out.shape))}
-            if others & varying(value, len(out.shape)):
-                limit_value(tracing.units, value, PERMUTATION_LEVEL)
+        use = gain_use(tracing, node, operands, out) if name in MULTIPLICATIONS and len(operands) == 2 else None
+        if use is not None:
+            tracing.gain_uses.append(use)
+            limit_value(tracing.units, out, 0)  # what holds the factors is no vector
+        else:
+            limit_product(tracing.units, operands, len(out.shape))
         if name.startswith("aten.div") and len(operands) > 1:
             limit_value(tracing.units, operands[1], PERMUTATION_LEVEL)
     elif name not in LINEAR:
-        limit_value(tracing.units, out, PERMUTATION_LEVEL)
+        limit_value(tracing.units, out, PERMUTATION_LEVEL, FACTORS.get(name.removesuffix("_"), 0))
         tracing.nonlinear += [x.name for x in node.args if isinstance(x, fx.Node)]
     return out
+
+
+def is_square(node: fx.Node, name: str) -> bool:
+    """Whether a pointwise operation squares."""
+    if name == "aten.mul":
+        return len(node.args) == 2 and node.args[0] is node.args[1]
+    return name == "aten.square" or (name == "aten.pow" and len(node.args) == 2 and node.args[1] in (2, 2.0))
+
+
+def gain_use(tracing: Tracing, node: fx.Node, operands: Sequence[Value], out: Value) -> GainUse | None:
+    """The product as one of an activation with a parameter that holds one factor a unit; None where it is none."""
+    for index in (1, 0):
+        factor, other = operands[index], operands[1 - index]
+        source = node.args[index]
+        offset = tracing.offsets.get(source.name) if isinstance(source, fx.Node) else None
+        parameter = offset[0] if offset else tracing.source_of(source)
+        # Another parameter is no activation; and a factor is one number a unit if it has one dimension.
+        if parameter is None or tracing.source_of(node.args[1 - index]) is not None or len(factor.shape) != 1:
+            continue
+        axis = len(out.shape) - 1
+        if factor.shape[0] != out.shape[axis] or len(other.shape) != len(out.shape) or factor.shape[0] < 2:
+            return None
+        joint = [layer for layer in out.layers if axis in support(layer) and support(layer) != (axis,)]
+        if joint:
+            return None
+        return GainUse(node, axis, parameter, offset[1] if offset else 0.0, None, (out,))
+    return None
+
+
+def limit_product(units: Units, operands: Sequence[Value], ndim: int) -> None:
+    """Records that units are used one by one where both factors vary along their axis."""
+    for index, value in enumerate(operands):
+        others = {d for other in (*operands[:index], *operands[index + 1 :]) for d in varying(other, ndim)}
+        for layer in value.layers:
+            if others & {d + ndim - len(value.shape) for d in support(layer)}:
+                units.limit(layer.ravel(), PERMUTATION_LEVEL)
 
 
 def varying(value: Value, ndim: int) -> set[int]:
@@ -54,11 +117,15 @@ def varying(value: Value, ndim: int) -> set[int]:
 
 
 def limit_sum(units: Units, out: Value, operands: Sequence[Value]) -> None:
-    """Records that units are used one by one where an operand of a sum gives several of them the same number."""
+    """Records that units are used one by one where an operand of a sum gives several of them the same number.
+
+    Where it gives that number to all, maps that keep the ones vector keep the sum.
+    """
     for layer in out.layers:
         for value in operands:
             if not any(one_to_one(units, layer, lift(other, len(out.shape))) for other in value.layers):
-                units.limit(layer.ravel(), PERMUTATION_LEVEL)
+                apart = not set(support(layer)) & varying(value, len(out.shape))
+                units.limit(layer.ravel(), FIXING_ONES_LEVEL if apart else PERMUTATION_LEVEL)
 
 
 def unchanged(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
@@ -83,7 +150,8 @@ def prelu(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
         shape[1] = a.weight.shape[0]
     layers = tuple(layer.reshape(shape) for layer in a.weight.layers)
     out = merge(tracing.units, [x, Value(tuple(shape), layers)])
-    limit_value(tracing.units, out, PERMUTATION_LEVEL)
+    # A slope of each unit's own would be taken for a number that moves with the unit.
+    limit_value(tracing.units, out, PERMUTATION_LEVEL, 0 if layers else SCALE)
     tracing.nonlinear += [x.name for x in node.args[:1] if isinstance(x, fx.Node)]
     return out
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from isthmus.trace.execute import Rule, Tracing, freeze_value, output_shapes
-from isthmus.trace.labels import Value, reduce, rigid_value, support
+from isthmus.trace.labels import FIXING_ONES_LEVEL, ORTHOGONAL_LEVEL, Value, reduce, rigid_value, support
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value, pointwise
 
 LINEAR = {"aten.mean", "aten.sum"}
@@ -19,16 +19,38 @@ def reduction(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     dims = dimensions(a, len(x.shape))
     name = str(getattr(node.target, "overloadpacket", node.target))
     reduced = {d % len(x.shape) for d in dims} if x.shape else set()
+    level = whole_axis_level(name, a)
+    is_square = name in LINEAR and any(x is square for square in tracing.squares.values())
     for layer in x.layers:
-        # A mean over positions is linear in the units; anything that mixes units, or an extreme, is not.
-        if name not in LINEAR or set(support(layer)) & reduced:
-            tracing.units.limit(layer.ravel(), PERMUTATION_LEVEL)
+        along = set(support(layer))
+        if is_square and along <= reduced:
+            continue  # a squared norm; `absorption.settle` looks at all that is done with the square
+        if name in LINEAR and not along & reduced:
+            continue  # a mean over positions is linear in the units
+        tracing.units.limit(layer.ravel(), level if along <= reduced else PERMUTATION_LEVEL)
     return reduce(tracing.units, x, dims, keepdim=bool(getattr(a, "keepdim", False)))
+
+
+def whole_axis_level(name: str, a: SimpleNamespace) -> int:
+    """Evidence level of units that are reduced all together: what the result says of a vector of units.
+
+    A sum is kept by maps that keep the ones vector, a Euclidean norm by rotations, a variance by maps that do both.
+    """
+    if name in LINEAR or name in ("aten.var", "aten.std"):
+        return FIXING_ONES_LEVEL
+    order = getattr(a, "ord", None) if name == "aten.linalg_vector_norm" else getattr(a, "p", None)
+    if name in ("aten.linalg_vector_norm", "aten.norm") and order == 2:
+        return ORTHOGONAL_LEVEL
+    return PERMUTATION_LEVEL
 
 
 def dimensions(a: SimpleNamespace, ndim: int) -> Sequence[int]:
     """The dimensions that a reduction names; all where it names none."""
-    dim = getattr(a, "dim", None)
+    return dimensions_of(getattr(a, "dim", None), ndim)
+
+
+def dimensions_of(dim: Any, ndim: int) -> Sequence[int]:
+    """The dimensions that an argument stands for; all where it is left out."""
     if dim is None or dim == []:
         return range(ndim)
     return [dim] if isinstance(dim, int) else list(dim)

@@ -8,7 +8,7 @@ import numpy as np
 from torch import fx
 
 from isthmus.trace.execute import Rule, Tracing, output_shapes
-from isthmus.trace.labels import WILDCARD, Value, canonical, pin, rigid_layers, simplify, support, with_rigid
+from isthmus.trace.labels import SCALE, WILDCARD, Value, canonical, pin, rigid_layers, simplify, support, with_rigid
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
 
 LINEAR = ("avg_pool", "upsample")
@@ -23,7 +23,7 @@ def along_positions(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     shapes = output_shapes(node)
     pinned = pin(units, x, dims, "lies along positions that are pooled or resized")
     if not any(word in name for word in LINEAR):
-        limit_value(units, x, PERMUTATION_LEVEL)
+        limit_value(units, x, PERMUTATION_LEVEL, SCALE if "max_pool" in name else 0)
     if isinstance(shapes, list):  # values and indices; the indices name positions inside one channel
         grown = with_rigid(units, pinned, shapes[0], [d % len(x.shape) for d in dims])
         return [grown] * len(shapes)

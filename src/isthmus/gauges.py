@@ -1,0 +1,124 @@
+"""Gauges: signs and scales that single units are free to take, and the ones that are taken for canonical."""
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from isthmus.symmetry import Site, Space, Symmetry
+from isthmus.transform import from_front, to_front
+
+# One factor a unit and copy, by the space's name.
+Factors = Mapping[str, Float[Tensor, "copies size"]]
+
+# Random scales lie between 1 / WIDEST and WIDEST.
+WIDEST = 2.0
+
+# Scales are balanced once no factor differs from one by more.
+BALANCED = 1e-11
+MOST_SWEEPS = 10_000
+
+
+def rescaled(state: Mapping[str, Tensor], symmetry: Symmetry, factors: Factors) -> dict[str, Tensor]:
+    """The state with units multiplied by factors where they are written, and divided by them where they are read.
+
+    Args:
+        state: A state dict of the traced architecture.
+        symmetry: What `trace` returned for it.
+        factors: Of spaces among its gauges; others stay as they are.
+    """
+    result = dict(state)
+    for name, factor in factors.items():
+        for site in symmetry[name].sites:
+            own = factor if site.role == "vector" else 1 / factor
+            result[site.parameter] = rescale_site(result[site.parameter], site, own)
+    for alias, name in symmetry.tied.items():
+        if alias in result:
+            result[alias] = result[name]
+    return result
+
+
+def rescale_site(tensor: Tensor, site: Site, factor: Float[Tensor, "copies size"]) -> Tensor:
+    """The tensor with one factor for each unit of a site."""
+    flat = to_front(tensor, site.dims).to(torch.promote_types(tensor.dtype, torch.float32)).clone()
+    where = torch.from_numpy(site.positions.reshape(-1)).to(tensor.device)
+    each = factor.reshape(-1, 1).expand(-1, site.positions.shape[2]).reshape(-1, 1)
+    flat[where] = flat[where] * each.to(flat)
+    return from_front(flat, tensor.shape, site.dims).to(tensor.dtype)
+
+
+def random_factors(symmetry: Symmetry, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Random factors for all units that are free to take some."""
+    found: dict[str, Tensor] = {}
+    for gauge in symmetry.gauges:
+        space = symmetry[gauge.space]
+        shape = (space.copies, space.size)
+        if gauge.kind == "sign":
+            drawn = rng.choice([-1.0, 1.0], size=shape)
+        else:
+            drawn = np.exp(rng.uniform(-np.log(WIDEST), np.log(WIDEST), size=shape))
+        found[space.name] = found.get(space.name, torch.ones(shape, dtype=torch.float64)) * torch.from_numpy(drawn)
+    return found
+
+
+def canonicalise(model: nn.Module, symmetry: Symmetry) -> nn.Module:
+    """A new module that computes the same, every free sign and scale of a unit set to a canonical one.
+
+    Scales: all weights that write a unit and all that read it have the same norm, which makes the sum of all squares
+    smallest. Signs: of the numbers that write a unit, the largest in size is positive. Networks that differ in such
+    factors alone become the same. Units that nothing writes, or nothing reads, keep their scale.
+
+    Computed in float64 and cast back. Models are canonicalised alike, before they are aligned.
+
+    Args:
+        model: A module of the traced architecture.
+        symmetry: What `trace` returned for it.
+
+    Source: Stock, Graham, Gribonval, Jégou, "Equi-normalization of Neural Networks", ICLR 2019, for scales; signs are
+        this project's own.
+    """
+    state = model.state_dict()
+    names = {site.parameter for gauge in symmetry.gauges for site in symmetry[gauge.space].sites}
+    wide = {name: tensor.double() if name in names else tensor for name, tensor in state.items()}
+    scales = [symmetry[gauge.space] for gauge in symmetry.gauges if gauge.kind == "scale"]
+    signs = [symmetry[gauge.space] for gauge in symmetry.gauges if gauge.kind == "sign"]
+    for _ in range(MOST_SWEEPS):
+        largest = 0.0
+        for space in scales:
+            factor = balancing_factors(wide, space)
+            largest = max(largest, float((factor - 1).abs().max()))
+            wide = rescaled(wide, symmetry, {space.name: factor})
+        if largest <= BALANCED:
+            break
+    for space in signs:
+        wide = rescaled(wide, symmetry, {space.name: leading_signs(wide, space)})
+    result = copy.deepcopy(model)
+    result.load_state_dict({name: wide[name].to(old.dtype) for name, old in state.items()})
+    return result
+
+
+def unit_rows(tensor: Tensor, site: Site) -> Float[Tensor, "copies size numbers"]:
+    """A tensor's numbers at a site, those of one unit in a row."""
+    copies, size, _ = site.positions.shape
+    where = torch.from_numpy(site.positions.reshape(-1)).to(tensor.device)
+    return to_front(tensor, site.dims)[where].reshape(copies, size, -1)
+
+
+def balancing_factors(state: Mapping[str, Tensor], space: Space) -> Float[Tensor, "copies size"]:
+    """The factors that make the norm of what writes each unit that of what reads it; one where either is zero."""
+    squares = {"vector": torch.zeros(()), "covector": torch.zeros(())}
+    for site in space.sites:
+        squares[site.role] = squares[site.role] + unit_rows(state[site.parameter], site).square().sum(dim=2)
+    written, read = squares["vector"], squares["covector"]
+    alive = (written > 0) & (read > 0)
+    return torch.where(alive, read / torch.where(alive, written, 1), 1).double() ** 0.25
+
+
+def leading_signs(state: Mapping[str, Tensor], space: Space) -> Float[Tensor, "copies size"]:
+    """The sign of the largest number that writes each unit; one where all are zero."""
+    rows = torch.cat([unit_rows(state[s.parameter], s) for s in space.sites if s.role == "vector"], dim=2)
+    leading = rows.gather(2, rows.abs().argmax(dim=2, keepdim=True)).squeeze(2)
+    return torch.where(leading < 0, -1.0, 1.0).double()
