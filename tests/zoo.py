@@ -794,6 +794,7 @@ class WindowedAttention(Net):
 
     sample_shape = (4, 4, 3)
     spaces = (4, 2, (2, 2), (2, 2))
+    larger = ("invertible", "orthogonal")
     no_ops = ()
 
     def __init__(self):
@@ -832,6 +833,7 @@ class SkewedPositions(Net):
 
     sample_shape = (3, 3)
     spaces = (4, 2, 2, (2, 2))
+    larger = ("invertible", "orthogonal")
 
     def __init__(self):
         super().__init__()
@@ -850,6 +852,7 @@ class SkewedPositions(Net):
 class EinsumAttention(Net):
     sample_shape = (3, 3)
     spaces = (4, 2, (2, 2), (2, 2))
+    larger = ("invertible", "orthogonal")
     no_ops = ()
 
     def __init__(self):
