@@ -789,6 +789,213 @@ class UNet(Net):
         return self.head(torch.cat([decoded, x], 1))
 
 
+class WindowedAttention(Net):
+    """Swin's block: shifted windows, a bias for each relative position and head, patches merged by concatenation."""
+
+    sample_shape = (4, 4, 3)
+    spaces = (4, 2, (2, 2), (2, 2))
+    larger = ("invertible", "orthogonal")
+    no_ops = ()
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.qkv, self.proj = nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 12), nn.Linear(4, 4)
+        self.table = nn.Parameter(torch.randn(9, 2))
+        place = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(2), indexing="ij")).flatten(1)
+        apart = place[:, :, None] - place[:, None, :] + 1
+        self.register_buffer("index", 3 * apart[0] + apart[1])
+        self.merge = nn.Linear(16, 2)
+
+    def windows(self, x):
+        return x.view(-1, 2, 2, 2, 2, x.shape[-1]).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, x.shape[-1])
+
+    def mask(self, x):
+        region = torch.zeros(1, 4, 4, 1, dtype=x.dtype)
+        for number, (rows, columns) in enumerate([(slice(0, 3), slice(3, 4)), (slice(3, 4), slice(0, 4))]):
+            region[:, rows, columns] = number + 1
+        region = self.windows(region).squeeze(-1)
+        return torch.where(region[:, None, :] == region[:, :, None], 0.0, -100.0).to(x.dtype)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = torch.roll(self.norm(x), (-1, -1), (1, 2))
+        q, k, v = self.qkv(self.windows(y)).reshape(-1, 4, 3, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-2, -1) + self.table[self.index.view(-1)].view(4, 4, 2).permute(2, 0, 1)
+        scores = (scores.view(len(x), 4, 2, 4, 4) + self.mask(x)[:, None]).view(-1, 2, 4, 4)
+        y = self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, 4, 4))
+        y = y.view(-1, 2, 2, 2, 2, 4).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 4, 4)
+        x = torch.tanh(x + torch.roll(y, (1, 1), (1, 2)))
+        return self.merge(torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1))
+
+
+class SkewedPositions(Net):
+    """Heads beside the batch on one axis, and relative positions laid out by padding and cutting (BoTNet)."""
+
+    sample_shape = (3, 3)
+    spaces = (4, 2, 2, (2, 2))
+    larger = ("invertible", "orthogonal")
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.head = nn.Linear(3, 4), nn.Linear(4, 12), nn.Linear(4, 2)
+        self.table = nn.Parameter(torch.randn(5, 2))
+
+    def forward(self, x):
+        q, k, v = self.qkv(torch.tanh(self.stem(x))).chunk(3, -1)
+        q, k, v = (y.view(-1, 3, 2, 2).transpose(1, 2).reshape(-1, 3, 2) for y in (q, k, v))
+        skewed = F.pad(q @ self.table.T, (0, 1)).flatten(1)
+        skewed = F.pad(skewed, (0, 2)).view(-1, 4, 5)[:, :3, 2:]
+        y = (q @ k.transpose(1, 2) + skewed).softmax(-1) @ v
+        return self.head(y.view(-1, 2, 3, 2).transpose(1, 2).reshape(-1, 3, 4))
+
+
+class EinsumAttention(Net):
+    sample_shape = (3, 3)
+    spaces = (4, 2, (2, 2), (2, 2))
+    larger = ("invertible", "orthogonal")
+    no_ops = ()
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.qkv = nn.ParameterList([nn.Parameter(torch.randn(4, 2, 2)) for _ in range(3)])
+        self.out = nn.Parameter(torch.randn(2, 2, 4))
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        q, k, v = (torch.einsum("btc,chd->bthd", x, weight) for weight in self.qkv)
+        weights = torch.einsum("bthd,bshd->bhts", q, k).softmax(-1)
+        y = torch.einsum("bhts,bshd->bthd", weights, v)
+        return self.head(torch.tanh(x + torch.einsum("bthd,hdc->btc", y, self.out)))
+
+
+class ZeroedBias(Net):
+    """A part of a bias that is always zero, whatever the parameter holds (Swin's second version)."""
+
+    spaces = (4, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(3, 8), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        bias = self.stem.bias.clone()
+        bias[4:].zero_()
+        left, right = F.linear(x, self.stem.weight, bias).chunk(2, -1)
+        return self.left(torch.tanh(left)) + self.right(torch.sigmoid(right))
+
+
+class ParametrizedWeightNorm(Chain):
+    """`torch.nn.utils.parametrizations.weight_norm`: the parameters are a size and a direction."""
+
+    spaces = (4,)
+
+    def __init__(self):
+        first = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+        super().__init__(first, nn.Tanh(), nn.Linear(4, 2))
+
+
+class SpectralNorm(Chain):
+    """`torch.nn.utils.parametrizations.spectral_norm`: stored singular vectors move with the units."""
+
+    spaces = (4,)
+
+    def __init__(self):
+        first = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+        super().__init__(first, nn.Tanh(), nn.Linear(4, 2))
+
+
+class SmallGains(Net):
+    """ConvNeXt's residual block, whose gains of shape [n, 1, 1] start at a millionth."""
+
+    sample_shape = (3, 4, 4)
+    spaces = (4, 6)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.wide, self.back = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1)
+        self.gain, self.head = nn.Parameter(torch.full((4, 1, 1), 1e-6)), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        x = torch.tanh(x + self.gain * self.back(torch.tanh(self.wide(x))))
+        return self.head(x.mean((-2, -1)))
+
+
+class FadingSignal(Net):
+    """Depth without residuals, every layer gated by its own mean: with statistics at random little comes through."""
+
+    sample_shape = (3, 4, 4)
+    spaces = (4,) * 24
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(4 if depth else 3, 4, 1, bias=False) for depth in range(24))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in self.layers)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(0.1 * layer(x))
+            x = F.silu(x) * torch.sigmoid(x.mean((-2, -1), keepdim=True))
+        return self.head(x.mean((-2, -1)))
+
+
+class AddedToAWholeSlice(Net):
+    """A sum written into a slice that happens to be all of a concatenation (GhostNet)."""
+
+    spaces = (2, 2, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+        self.wide, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        skip = torch.tanh(self.stem(x))
+        x = torch.cat([self.left(skip), self.right(skip)], 1)[:, :4]
+        x += skip
+        return self.head(torch.tanh(self.wide(torch.tanh(x))))
+
+
+class StandardisedWeight(Net):
+    """Weights standardised by a batch normalisation that takes units for channels (NFNet)."""
+
+    sample_shape = (3, 4, 4)
+    spaces = (4, 5)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1), nn.Linear(5, 2)
+        self.gain = nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        weight = self.body.weight
+        flat = F.batch_norm(weight.reshape(1, 5, -1), None, None, weight=self.gain, training=True, momentum=0.0)
+        x = torch.tanh(F.conv2d(x, flat.reshape_as(weight), self.body.bias))
+        return self.head(x.mean((-2, -1)))
+
+
+class DistanceBias(Net):
+    """A bias for each distance between two places: pair by pair it meets all of them, yet it cannot be exchanged."""
+
+    sample_shape = (3, 3)
+    spaces = (4, 3)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.value, self.head = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 2)
+        self.table = nn.Parameter(torch.randn(3, 3))
+        self.register_buffer("index", (torch.arange(3)[:, None] - torch.arange(3)) % 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        weights = (x @ x.transpose(1, 2))[:, None] + self.table[:, self.index]
+        value = self.value(x).transpose(1, 2)[..., None]
+        return self.head((weights.softmax(-1) @ value).squeeze(-1).transpose(1, 2))
+
+
 class OuterProduct(Net):
     """Every pair of a unit of one branch and a unit of the other is a feature."""
 
@@ -1516,10 +1723,7 @@ class MultiheadModule(Net):
 
 class LSTM(Net):
     sample_shape = (3, 2)
-    spaces = (5,)
-    missed = 4
-    why = "aten.lstm has no rule"
-    frozen_by = ("aten.lstm",)
+    spaces = (4, 5)
 
     def __init__(self):
         super().__init__()
@@ -1530,13 +1734,55 @@ class LSTM(Net):
         return self.head(F.relu(self.layer(self.rnn(x)[0])))
 
 
-class GRU(LSTM):
-    why = "aten.gru has no rule"
-    frozen_by = ("aten.gru",)
+class LSTMDeepBothWays(LSTM):
+    spaces = (4, 4, 4, 4, 5)
 
     def __init__(self):
         super().__init__()
-        self.rnn = nn.GRU(2, 4, batch_first=True)
+        self.rnn = nn.LSTM(2, 4, num_layers=2, bidirectional=True)
+        self.layer = nn.Linear(8, 5)
+
+
+class LSTMLastState(LSTM):
+    def forward(self, x):
+        _, (hidden, cell) = self.rnn(x)
+        return self.head(F.relu(self.layer(hidden[-1] + cell[-1])))
+
+
+class LSTMStart(LSTM):
+    """The first state is learned: its units move with the layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.ParameterList([nn.Parameter(torch.randn(1, 1, 4)) for _ in range(2)])
+
+    def forward(self, x):
+        start = tuple(value.expand(1, len(x), 4) for value in self.start)
+        return self.head(F.relu(self.layer(self.rnn(x, start)[0])))
+
+
+class LSTMProjected(LSTM):
+    spaces = (5,)
+    missed = 7
+    why = "aten.lstm has no rule for projected hidden states"
+    frozen_by = ("aten.lstm",)
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(2, 4, batch_first=True, proj_size=3)
+        self.layer = nn.Linear(3, 5)
+
+
+class GRU(LSTM):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(2, 4, batch_first=True, bias=False)
+
+
+class RNN(LSTM):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.RNN(2, 4, nonlinearity="relu")
 
 
 class LSTMCell(Net):

@@ -126,7 +126,8 @@ def variances_met(transforms: Transforms, symmetry: Symmetry) -> list[str]:
 
 def finish(architecture: nn.Module, merged: Mapping[str, Tensor], needs_repair: bool) -> nn.Module:
     """A copy of the architecture with the merged tensors, in its own dtypes, in `eval()`."""
-    model = copy.deepcopy(architecture).eval()
+    # Some networks keep what they made of their weights for the next run in `eval()`; `train()` makes them forget it.
+    model = copy.deepcopy(architecture).train().eval()
     state = model.state_dict()
     model.load_state_dict({name: merged[name].to(old.dtype) if name in merged else old for name, old in state.items()})
     model.needs_repair = needs_repair  # type: ignore[assignment]

@@ -213,6 +213,64 @@ def test_units_that_are_off_by_chance_do_not_silence_a_tensor():
         assert isthmus.verify(net, symmetry, x, seed=seed).no_ops == ()
 
 
+def test_one_gradient_tells_of_all_tensors():
+    """Leaving tensors out one by one would take a run for each of the fourteen."""
+    runs = []
+
+    class Counted(nn.Sequential):
+        def forward(self, x):
+            runs.append(1)
+            return super().forward(x)
+
+    blocks = [(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Tanh()) for _ in range(2)]
+    net, x = Counted(*(layer for block in blocks for layer in block), nn.Conv2d(2, 2, 1)), torch.randn(2, 2, 3, 3)
+    symmetry = isthmus.trace(net, x)
+    runs.clear()
+    proof = isthmus.verify(net, symmetry, x, trials=1)
+    assert len(proof.controls) == 13  # all but the head's bias
+    assert proof.no_ops == ()
+    assert len(runs) == 4  # two for the trial, two for the gradient: drawing a sample runs it once
+
+
+def test_tensors_without_a_gradient_are_left_out_one_by_one():
+    class Cut(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    net, x = Cut(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(2, 3)
+    proof = isthmus.verify(net, isthmus.trace(net, x), x)
+    assert proof.no_ops == ()
+    assert proof.weakest_control > 1e3 * proof.tolerance
+
+
+def test_what_a_network_keeps_of_its_weights_does_not_stay():
+    """Some keep a table that they looked up in `eval()` for the next run, and forget it in `train()` (LeViT)."""
+
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(3, 5), nn.Linear(5, 2)
+            self.table, self.kept = nn.Parameter(torch.randn(5, 2)), {}
+
+        def train(self, mode=True):
+            if mode:
+                self.kept = {}
+            return super().train(mode)
+
+        def forward(self, x):
+            if self.training or "table" not in self.kept:
+                self.kept["table"] = self.table[:, 0]
+            return self.head(torch.tanh(self.stem(x)) * self.kept["table"])
+
+    net, x = Keeping().eval(), torch.randn(2, 3)
+    with torch.no_grad():
+        net(x)
+    symmetry = isthmus.trace(net, x)
+    assert symmetry.free_units == 5
+    assert isthmus.verify(net, symmetry, x).no_ops == ()
+    assert net.kept
+
+
 def test_controls_can_be_left_out():
     proof = verify("PlainMLP", controls=False)
     assert proof.controls == {}

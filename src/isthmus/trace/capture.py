@@ -107,10 +107,13 @@ def input_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tupl
 
 
 def share_structure(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every tensor with the original, in `eval()` mode."""
+    """A copy of the module tree that shares every tensor with the original, in `eval()` mode.
+
+    What modules keep from earlier runs in `eval()`, and forget when they go back to training, is forgotten.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    return shared.eval()
+    return shared.train().eval()
 
 
 def capture(
@@ -178,7 +181,34 @@ def export(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         raise TraceError(f"the model cannot be captured: {first_line(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+    inline_contexts(exported.graph_module)
     return describe(exported, module, args, kwargs)
+
+
+def inline_contexts(module: fx.GraphModule) -> None:
+    """Puts the operations of blocks that only switch gradients or automatic casts off in place of the blocks."""
+    for node in [n for n in module.graph.nodes if n.op == "call_function"]:
+        name = getattr(node.target, "__name__", "")
+        if name == "wrap_with_set_grad_enabled":
+            body, inputs = node.args[1], node.args[2:]
+        elif name == "wrap_with_autocast" and node.args[2] is False:
+            body, inputs = node.args[4], node.args[5:]
+        else:
+            continue
+        inner = getattr(module, str(body.target))
+        inline_contexts(inner)
+        placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        renamed: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(inner.graph, renamed)
+        for user in list(node.users):  # each takes one of the results
+            assert isinstance(results, tuple | list)
+            user.replace_all_uses_with(results[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        if not body.users:
+            module.graph.erase_node(body)
+    module.recompile()
 
 
 def describe(exported: ExportedProgram, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:

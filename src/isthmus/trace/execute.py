@@ -225,11 +225,13 @@ def never_read(tracing: Tracing, graph: fx.Graph) -> Ids:
     candidates = candidates[(candidates != WILDCARD) & ~units.is_frozen(candidates)]
     if not len(candidates):
         return candidates
+    wanted = np.zeros(units.size + 1, dtype=bool)  # the last entry is that of wildcards
+    wanted[candidates] = True
     held: dict[str, Ids] = {}
     for node in graph.nodes:
-        layers = [layer.ravel() for value in values_in(tracing.values.get(node.name)) for layer in value.layers]
-        found = np.unique(units.find(np.concatenate(layers))) if layers else np.empty(0, dtype=np.int64)
-        held[node.name] = np.intersect1d(candidates, found)
+        roots = [units.find(layer) for value in values_in(tracing.values.get(node.name)) for layer in value.layers]
+        found = [np.unique(root[wanted[root]]) for root in roots]
+        held[node.name] = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *found]))
     read_by_some = [
         np.setdiff1d(np.setdiff1d(held[source.name], held[node.name]), lost.get(node.name, ()))
         for node in graph.nodes

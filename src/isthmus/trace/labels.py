@@ -560,7 +560,48 @@ def merge(units: Units, values: Sequence[Value]) -> Value:
                 if set(support(new)) & set(support(old)):
                     units.relate(old, new)
         merged += incoming
+    for layer in merged:
+        if len(support(layer)) > 1 and not units.is_frozen(layer).all():
+            relate_jointly(units, layer, [x for x in merged if x is not layer])
     return Value(shape, simplify(units, merged, related=True))
+
+
+def relate_jointly(units: Units, layer: Labels, others: Sequence[Labels]) -> None:
+    """Draws what follows from a layer and several others that lie along different axes of it, taken together.
+
+    A bias for each distance between two positions meets every first and every second position: pair by pair nothing
+    follows, and yet each unit belongs to certain pairs of positions.
+    """
+    inner = [x for x in others if support(x) and set(support(x)) < set(support(layer))]
+    fixed = [x for x in inner if units.is_frozen(x).all()]
+    if len(fixed) > 1:
+        places = join(units, fixed)
+        if units.is_news(np.concatenate([units.find(x).ravel() for x in (layer, places)])):
+            units.relate(layer, places)
+    free = [x for x in inner if not units.is_frozen(x).all()]
+    axes = [d for x in (*free, *fixed) for d in support(x)]
+    if not free or len(free) + len(fixed) < 2 or len(set(axes)) < len(axes):
+        return
+    roots = [units.find(x) for x in (layer, *free, *fixed)]
+    if units.is_news(np.concatenate([root.ravel() for root in roots])) and not is_rectangular(roots):
+        text = "units of several axes meet in a pattern that no permutation of one of them keeps"
+        units.freeze(np.concatenate([root.ravel() for root in roots]), text, expected=False)
+
+
+def is_rectangular(roots: Sequence[Labels]) -> bool:
+    """Whether each label of the first layer meets all combinations of those labels of the others that it meets."""
+    first, *others = broadcast_to_support(roots)
+    ids, label = np.unique(first, return_inverse=True)
+    expected = np.ones(len(ids), dtype=np.int64)
+    cell = np.zeros(len(first), dtype=np.int64)
+    for other in others:
+        found, index = np.unique(other, return_inverse=True)
+        pairs = np.unique(label * len(found) + index)
+        expected *= np.bincount(pairs // len(found), minlength=len(ids))
+        _, cell = np.unique(cell * len(found) + index, return_inverse=True)
+    cells = int(cell.max(initial=0)) + 1
+    met = np.bincount(np.unique(label * cells + cell) // cells, minlength=len(ids))
+    return bool((met == expected)[ids != WILDCARD].all())
 
 
 def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = False) -> Value:

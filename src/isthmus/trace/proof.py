@@ -143,7 +143,7 @@ def double(model: nn.Module) -> nn.Module:
         structure = copy.deepcopy(model).to_empty(device="cpu")
     else:
         structure = copy.deepcopy(share_structure(model)).cpu()
-    return structure.double().eval()
+    return structure.double().train().eval()
 
 
 def rounding(symmetry: Symmetry, eps: float) -> float:
@@ -326,7 +326,8 @@ def outputs(
         with torch.set_grad_enabled(differentiable), InDouble(), mode or contextlib.nullcontext():
             # Cloned, since a network may work in place on what it is given.
             args, named = pytree.tree_map(copy_of, (tuple(args), dict(named)))
-            result = functional_call(network, dict(state), args, dict(named), tie_weights=False)
+            # On a copy, since some networks keep what they made of the weights for the next run.
+            result = functional_call(share_structure(network), dict(state), args, dict(named), tie_weights=False)
     finally:
         torch.set_default_dtype(default)
     return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]

@@ -36,6 +36,7 @@ def mutate(tracing: Tracing, node: fx.Node, result: Any) -> None:
         and len(before.layers) == len(result.layers)
         and all(contains(tracing.units, before.layers, layer) for layer in result.layers)
     )
+    note_lost(tracing, target, before, result)
     tracing.values[target.name] = result
     whole = tracing.values[origin(target).name]
     if alike and isinstance(whole, Value) and (whole.shape == result.shape or identifies(tracing.units, whole)):
@@ -72,8 +73,19 @@ def rebuild(tracing: Tracing, node: fx.Node, target: fx.Node, result: Value) -> 
         if len(result.shape) < len(value.shape):
             result = unsqueeze(result, dim)
         result = overwrite(tracing.units, value, result, dim, start)
+        note_lost(tracing, outer, value, result)
         tracing.values[outer.name] = result
     return True
+
+
+def note_lost(tracing: Tracing, node: fx.Node, before: Any, after: Value) -> None:
+    """Notes the units that were written over: their node carries them no more, and yet has not read them."""
+    old = [tracing.units.find(layer.ravel()) for value in values_in(before) for layer in value.layers]
+    if old:
+        new = [tracing.units.find(layer.ravel()) for layer in after.layers]
+        lost = np.setdiff1d(np.concatenate(old), np.concatenate([np.empty(0, dtype=np.int64), *new]))
+        if len(lost):
+            tracing.cut.setdefault(node.name, []).append(lost)
 
 
 def overwrite(units: Units, whole: Value, part: Value, dim: int, start: int) -> Value:
@@ -109,6 +121,8 @@ def part_of(tracing: Tracing, view: fx.Node) -> tuple[int, int, int]:
     op = view.target
     if not isinstance(op, OpOverload) or not isinstance(outer, Value):
         return 0, 0, 0
+    if str(op.overloadpacket) in ("aten.alias", "aten.detach") and outer.shape:
+        return 0, 0, outer.shape[0]
     a = bind(op, view.args, dict(view.kwargs))
     if str(op.overloadpacket) == "aten.select":
         dim = a.dim % len(outer.shape)

@@ -11,6 +11,7 @@ from isthmus.trace.rules.contraction import CONTRACTIONS
 from isthmus.trace.rules.lookup import LOOKUPS, index
 from isthmus.trace.rules.normalisation import NORMALISATIONS
 from isthmus.trace.rules.pointwise import POINTWISE, unchanged
+from isthmus.trace.rules.recurrent import RECURRENT
 from isthmus.trace.rules.reduction import REDUCTIONS
 from isthmus.trace.rules.spatial import SPATIAL
 from isthmus.trace.rules.view import VIEWS, run
@@ -22,6 +23,7 @@ TABLE: dict[str, Rule] = {
     **CONTRACTIONS,
     **NORMALISATIONS,
     **POINTWISE,
+    **RECURRENT,
     **REDUCTIONS,
     **SPATIAL,
     **VIEWS,

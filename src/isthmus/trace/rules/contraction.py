@@ -162,20 +162,17 @@ def split_by_group(tracing: Tracing, weight: Value, groups: int, transposed: boo
 def matmul(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Matrix products of any rank, batched or not."""
     left, right = values(a)
-    if len(left.shape) == 1:
-        left = unsqueeze(left, 0)
-        return reshape_away(matmul_aligned(tracing, left, right), -2)
-    if len(right.shape) == 1:
-        return reshape_away(matmul_aligned(tracing, left, unsqueeze(right, 1)), -1)
-    return matmul_aligned(tracing, left, right)
+    rows, columns = len(left.shape) > 1, len(right.shape) > 1
+    product = matmul_aligned(tracing, left if rows else unsqueeze(left, 0), right if columns else unsqueeze(right, 1))
+    product = product if columns else reshape_away(product, -1)
+    return product if rows else reshape_away(product, -2 if columns else -1)
 
 
 def values(a: SimpleNamespace) -> tuple[Value, Value]:
     """The two factors, whatever the schema calls them."""
     named = vars(a)
-    if "self" in named:
-        return named["self"], named["mat2"] if "mat2" in named else named["other"]
-    return named["input"], named["mat2"]
+    right = next(named[name] for name in ("mat2", "other", "vec", "tensor") if name in named)
+    return named["self" if "self" in named else "input"], right
 
 
 def reshape_away(value: Value, dim: int) -> Value:
@@ -261,6 +258,8 @@ CONTRACTIONS: dict[str, Rule] = {
     "aten.mm": matmul,
     "aten.bmm": matmul,
     "aten.mv": matmul,
+    "aten.dot": matmul,
+    "aten.vdot": matmul,
     "aten.addmm": addmm,
     "aten.baddbmm": addmm,
     "aten.einsum": einsum,

@@ -136,7 +136,7 @@ def unchanged(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
 
 
 def copied(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
-    """`copy` and `fill`: the second operand in the shape of the first, of which nothing else remains."""
+    """`copy`, `fill` and `zero`: the second operand in the shape of the first, of which nothing else remains."""
     shape = vars(a)["self"].shape
     sources = values_in([getattr(a, "src", None), getattr(a, "value", None)])
     return Value(tuple(shape), tuple(lift(layer, len(shape)) for x in sources for layer in x.layers))
@@ -175,6 +175,7 @@ POINTWISE: dict[str, Rule] = {
     **{f"aten.{name}": pointwise for name in UNDECLARED},
     "aten.copy": copied,
     "aten.fill": copied,
+    "aten.zero": copied,
     "aten.glu": gated,
     "aten.clone": unchanged,
     "aten.alias": unchanged,

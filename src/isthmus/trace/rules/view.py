@@ -27,17 +27,24 @@ from isthmus.trace.labels import (
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
 
 # A view needs memory in order, which an expanded label array does not have; a reshape does the same to any array.
-STAND_INS = {"aten.view": torch.ops.aten.reshape.default, "aten._unsafe_view": torch.ops.aten.reshape.default}
+STAND_INS = {
+    **dict.fromkeys(
+        ("aten.view", "aten._unsafe_view", "aten.view_as", "aten.reshape_as"), torch.ops.aten.reshape.default
+    ),
+    "aten.expand_as": torch.ops.aten.expand.default,
+}
 
 
 def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """The operation itself, run on every label array of its first argument."""
     x = next(iter(vars(a).values()))
     others = values_in(list(vars(a).values())[1:])
-    if not isinstance(x, Value) or any(value.constant is None for value in others):
-        return NotImplemented
     op: Any = node.target
     stand_in = STAND_INS.get(str(op.overloadpacket))
+    if isinstance(x, Value) and stand_in is not None and len(others) == 1:  # of the other only the shape matters
+        a, others = SimpleNamespace(self=x, size=others[0].shape), []
+    if not isinstance(x, Value) or any(value.constant is None for value in others):
+        return NotImplemented
     rest: Any = map_aggregate(vars(a), lambda item: item.constant if isinstance(item, Value) else item)
 
     def act(array: Tensor) -> Any:
@@ -53,8 +60,8 @@ def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     results = [act(torch.from_numpy(np.require(layer, requirements="W")).expand(x.shape)) for layer in x.layers]
     shape_only = act(torch.empty(x.shape, device="meta"))
     if isinstance(shape_only, Tensor):
-        for layer, result in zip(x.layers, results, strict=True):
-            lost = np.setdiff1d(layer, result.numpy())
+        for layer, result in zip(x.layers, results if str(op.overloadpacket) in SELECTIONS else [], strict=False):
+            lost = np.setdiff1d(layer, compress(result.numpy()))
             if len(lost):
                 tracing.cut.setdefault(node.name, []).append(lost)
         moved = relabelled(tracing, x, shape_only, results)
@@ -110,11 +117,14 @@ def stack(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return concatenate(tracing.units, [unsqueeze(value, a.dim) for value in a.tensors], a.dim)
 
 
+SELECTIONS = {f"aten.{name}" for name in ("slice", "select", "narrow", "index", "index_select", "take_along_dim")}
+SELECTIONS |= {"aten.diagonal", "aten.unfold"}
+
 RUNNABLE = (  # noqa: SIM905 - a list literal would take a line for each name
     "view _unsafe_view reshape flatten unflatten permute transpose t numpy_T matrix_H mT unsqueeze squeeze expand "
     "broadcast_to slice select split split_with_sizes chunk tensor_split narrow flip roll repeat repeat_interleave "
     "tile unbind movedim moveaxis swapaxes swapdims index_select index diagonal unfold pixel_shuffle "
-    "pixel_unshuffle channel_shuffle native_channel_shuffle rot90 view_as take_along_dim"
+    "pixel_unshuffle channel_shuffle native_channel_shuffle rot90 view_as reshape_as take_along_dim"
 ).split()
 
 VIEWS: dict[str, Rule] = {f"aten.{name}": run for name in RUNNABLE} | {
