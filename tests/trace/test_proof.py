@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import isthmus
-from isthmus.errors import InputError, SymmetryError, TransformError
+from isthmus.errors import InputError, ModelError, SymmetryError, TransformError
 from isthmus.groups import random_element
 from isthmus.symmetry import Group, Site, Space, Symmetry
 from isthmus.trace.proof import double, draw, moved_by, rounding, stirred
@@ -345,9 +345,27 @@ def test_a_failing_network_leaves_the_default_type_alone():
         def forward(self, x):
             raise RuntimeError("broken")
 
-    with pytest.raises(RuntimeError, match="broken"):
+    with refuses(ModelError, "broken"):
         isthmus.verify(Failing(), Symmetry((), (), {"weight": (2,)}), torch.ones(2))
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_network_that_cannot_run_in_float64_is_refused():
+    class Narrow(Net):
+        sample_shape = (3,)
+
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            if x.dtype == torch.float64:
+                raise RuntimeError("expected Float32, got Double\nand more")
+            return self.head(torch.tanh(self.hidden(x)))
+
+    network, x = Narrow(), torch.randn(2, 3)
+    with refuses(ModelError, r"cannot run in float64.*: expected Float32, got Double; if it can be told"):
+        isthmus.verify(network, isthmus.trace(network, x), x)
 
 
 def test_outputs_that_are_always_zero_prove_nothing():

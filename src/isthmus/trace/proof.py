@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from isthmus.errors import InputError, SymmetryError
+from isthmus.errors import InputError, ModelError, SymmetryError
 from isthmus.gains import fold_state, foldable
 from isthmus.gauges import random_factors, rescaled
 from isthmus.groups import SPREAD, random_element
@@ -98,6 +98,7 @@ def verify(
 
     Raises:
         InputError: No inputs, or no trials.
+        ModelError: The model cannot run in float64.
         SymmetryError: A random transform changes the function.
     """
     if trials < 1:
@@ -418,13 +419,21 @@ def draw(network: nn.Module, symmetry: Symmetry, inputs: Any, rng: np.random.Gen
     """A sample whose outputs say something: finite, and not all zero as those of a small network sometimes are.
 
     Raises:
+        ModelError: The network cannot run in float64.
         SymmetryError: No such sample was found.
     """
     for _ in range(DRAWS):
         state = fresh_weights(network, symmetry, rng)
         args, named = fresh_inputs(inputs, rng)
         settling = Settling(state, torch.Generator().manual_seed(int(rng.integers(2**62))))
-        expected = outputs(network, state, args, named, mode=settling)
+        try:
+            expected = outputs(network, state, args, named, mode=settling)
+        except RuntimeError as error:  # an operation that knows no float64, for example
+            told = str(error).strip().partition("\n")[0]
+            raise ModelError(
+                f"the model cannot run in float64, in which a proof is made: {told}; if it can be told to use another "
+                "implementation of that operation, do so"
+            ) from error
         state = {**state, **settling.settled}
         if any(x.abs().max() > 0 for x in expected if x.numel()) and all(x.isfinite().all() for x in expected):
             return Sample(network, state, args, named, expected)
