@@ -2,15 +2,23 @@
 
 import io
 import json
+import os
+import resource
 
+import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from isthmus.cli import main
+from isthmus.errors import ModelError
 from isthmus.facts import describe_symmetry
 from isthmus.inspection import freeze_warnings, frozen_tree, space_tree
+from isthmus.models.structure import parameters_on_meta
+from isthmus.pipeline import build_example, inspect_model
 from isthmus.symmetry import Frozen, Symmetry
-from isthmus.trace import trace
+from isthmus.trace import trace, verify
+from refusals import refuses
 
 NET = """
 import torch
@@ -111,3 +119,68 @@ def test_an_operation_without_a_rule_is_a_warning(tmp_path, monkeypatch, capsys)
     report = json.loads(capsys.readouterr().out)
     assert report["input"] == {"0": [4]}
     assert {item["operation"] for item in report["symmetry"]["frozen"] if not item["expected"]} == {"inspected.mystery"}
+
+
+LARGE = """
+from torch import nn
+
+def network(units):
+    return nn.Sequential(nn.Linear(3, units), nn.Tanh(), nn.Linear(units, units), nn.Tanh(), nn.Linear(units, 2))
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.scale = self.layer.weight.abs().sum().item()
+
+    def forward(self, x):
+        return self.head(self.layer(x).tanh() / self.scale)
+"""
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    (tmp_path / "large_networks.py").write_text(LARGE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_without_a_proof_weights_take_no_memory(large):
+    units = 2**14  # 1 GiB of weights
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    symmetry = inspect_model(f"large_networks:network?units={units}", (3,), None, prove=False)["symmetry"]
+    assert symmetry["free_units"] == 2 * units
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # in KiB: half a GiB
+
+
+def test_a_proof_that_memory_cannot_hold_is_refused(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(2, 3)
+    symmetry = trace(model, x)
+    sizes = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 3 * 8 * 26}  # 12 + 4 + 8 + 2 numbers, three times, in eight bytes
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    verify(model, symmetry, x)
+    sizes["SC_PAGE_SIZE"] -= 1
+    with refuses(ModelError, "a proof of 26 numbers in float64 takes .* prove a narrow copy of the model"):
+        verify(model, symmetry, x)
+
+
+@pytest.mark.parametrize("model", ["gpt?block=8", "vit?depth=1", "resnet20?width=0.5"])
+def test_without_a_proof_the_same_is_found(model):
+    """Tables of indices and the like are there, though parameters have no numbers."""
+    network, example, _ = build_example(model, None, None, weights=True)
+    symmetry = trace(network, *example.args, kwargs=example.kwargs)
+    assert inspect_model(model, None, None, prove=False)["symmetry"] == describe_symmetry(symmetry)
+
+
+def test_networks_that_need_numbers_while_they_are_built_have_them(large):
+    assert inspect_model("large_networks:Scaled", (3,), None, prove=False)["symmetry"]["free_units"] == 4
+
+
+def test_parameters_on_meta_stay_tied_and_the_next_ones_have_numbers():
+    with parameters_on_meta():
+        model = nn.Module()
+        model.first, model.second, model.norm = nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3)
+        model.second.weight = model.first.weight
+    assert model.second.weight is model.first.weight
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(model.norm.running_var, torch.ones(3))
+    assert not nn.Linear(3, 3).weight.is_meta

@@ -12,6 +12,7 @@ from isthmus.batches import Batch, as_batch
 from isthmus.data import DataSet
 from isthmus.errors import DataError, InputError
 from isthmus.models import exported, hugging_face, sample_shape, sample_tokens
+from isthmus.trace.capture import capture
 
 # Shapes of one sample that are tried when nothing says what the model reads, by the rank of its first weight.
 USUAL_SHAPES = {2: ((),), 3: ((128,),), 4: ((32, 32), (28, 28), (224, 224), (8, 8)), 5: ((16, 32, 32),)}
@@ -96,7 +97,7 @@ def example_input(model: nn.Module, wanted: Sequence[int] | str | None, data: Da
     reference = next((t for t in model.state_dict().values() if t.is_floating_point()), torch.zeros(()))
     if wanted is not None:
         inputs = parse_input(wanted) if isinstance(wanted, str) else (InputShape(None, tuple(wanted)),)
-        batch, assumed = drawn(model, inputs, reference.dtype)
+        batch, assumed = drawn(model, inputs, reference)
         if failure := why_not(model, batch):
             raise InputError(f"the model does not run on --input {spoken_shapes(batch)} ({failure}): give another")
         return batch, assumed
@@ -137,7 +138,7 @@ def candidates(model: nn.Module, reference: Tensor) -> Iterator[tuple[Batch, str
     generator = torch.Generator().manual_seed(0)
     stated = sample_shape(model)
     if stated is not None:
-        yield drawn(model, (InputShape(None, stated),), reference.dtype)
+        yield drawn(model, (InputShape(None, stated),), reference)
         return
     own = exported.example_inputs(model)
     if own is not None:
@@ -154,13 +155,14 @@ def candidates(model: nn.Module, reference: Tensor) -> Iterator[tuple[Batch, str
     for rest in USUAL_SHAPES.get(weight.ndim, ()) if weight is not None else ():
         assert weight is not None
         shape = (weight.shape[1], *rest)
-        batch, _ = drawn(model, (InputShape(None, shape),), reference.dtype)
+        batch, _ = drawn(model, (InputShape(None, shape),), reference)
         yield batch, f"inputs of shape {shape}, from the first weight's shape {tuple(weight.shape)}"
 
 
-def drawn(model: nn.Module, inputs: Sequence[InputShape], dtype: torch.dtype) -> tuple[Batch, str]:
-    """Random inputs as they were asked for, and what was assumed about the range of integers.
+def drawn(model: nn.Module, inputs: Sequence[InputShape], reference: Tensor) -> tuple[Batch, str]:
+    """Random inputs as they were asked for, on the device of `reference`, and what was assumed of integers' range.
 
+    Numbers of no stated kind are of the dtype of `reference`.
     A model that reads tokens and says how many there are, in its attribute `sample_tokens`, gets such by default.
     """
     vocabulary = sample_tokens(model)
@@ -170,7 +172,7 @@ def drawn(model: nn.Module, inputs: Sequence[InputShape], dtype: torch.dtype) ->
     assumed = ""
     for each in inputs:
         shape = (SAMPLES, *each.shape)
-        kind = each.dtype or (dtype if vocabulary is None else torch.int64)
+        kind = each.dtype or (reference.dtype if vocabulary is None else torch.int64)
         if kind.is_floating_point:
             value = torch.randn(shape, generator=generator, dtype=kind)
         elif kind == torch.bool:
@@ -182,18 +184,24 @@ def drawn(model: nn.Module, inputs: Sequence[InputShape], dtype: torch.dtype) ->
                 assumed = f"integers from 0 to {bound - 1}" + (", the rows of the first embedding" if bound > 2 else "")
             value = torch.randint(bound, shape, generator=generator, dtype=kind)
         if each.name is None:
-            args.append(value)
+            args.append(value.to(reference.device))
         else:
-            kwargs[each.name] = value
+            kwargs[each.name] = value.to(reference.device)
     return Batch(tuple(args), kwargs), assumed
 
 
 def why_not(model: nn.Module, batch: Batch) -> str:
-    """Why the model does not run on a batch, in one line; empty where it does."""
-    copy = batch.clone()  # a model may work in place on what it is given
+    """Why the model does not run on a batch, in one line; empty where it does.
+
+    A model whose parameters have no numbers is captured instead.
+    """
+    own = batch.clone()  # a model may work in place on what it is given
     try:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            capture(model, own.args, own.kwargs)
+            return ""
         with torch.no_grad():
-            model(*copy.args, **copy.kwargs)
+            model(*own.args, **own.kwargs)
     except Exception as error:  # a foreign model may raise anything on inputs that do not fit
         return " ".join(str(error).split())[:160] or type(error).__name__
     return ""

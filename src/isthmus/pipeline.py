@@ -1,5 +1,6 @@
 """From a recipe to a finished run folder: read, check, trace, prove, align, merge, mend, measure, write."""
 
+import contextlib
 import itertools
 import json
 import time
@@ -12,13 +13,14 @@ import torch
 from torch import nn
 
 from isthmus.average import AVERAGES
+from isthmus.batches import Batch
 from isthmus.checkpoint import hash_file, load_weights, new_folder, save_state, write_text
 from isthmus.companions import copy_config, save_hugging_face
 from isthmus.compare import DEFAULT_AVERAGES, RAW, choose_methods, compare
 from isthmus.connect import connect
 from isthmus.cycles import cycle_error, pairwise_barriers
 from isthmus.data import DataSet
-from isthmus.errors import DataError, InputError, ModelError
+from isthmus.errors import DataError, InputError, IsthmusError, ModelError
 from isthmus.example import example_input, sample_shapes
 from isthmus.facts import (
     WALKED_SAMPLES,
@@ -39,6 +41,7 @@ from isthmus.match import METHODS, Match, align
 from isthmus.merge import merge
 from isthmus.models import absolute_spec, load_model
 from isthmus.models.hugging_face import is_hugging_face
+from isthmus.models.structure import parameters_on_meta
 from isthmus.recipe import Recipe
 from isthmus.registry import configure
 from isthmus.repair import REPAIRS, repair
@@ -366,21 +369,49 @@ def walk_cycles(method: Match, inputs: Inputs, symmetry: Symmetry, scored: Any, 
     return {**error.to_dict(), "lines": lines}
 
 
+def build_example(
+    architecture: str, shape: Sequence[int] | str | None, data: DataSet | None, *, weights: bool
+) -> tuple[nn.Module, Batch, str]:
+    """A model, inputs on which it runs, and what was assumed to make these.
+
+    Args:
+        architecture: What `load_model` builds.
+        shape: Shape of one sample, or None.
+        data: The data set that the model is to run on, or None.
+        weights: Whether the parameters need numbers. Without, the model is built with them only if it cannot be built
+            or run otherwise: some networks compute something from their parameters' numbers while they are built.
+
+    Raises:
+        InputError: No input is known on which the model runs.
+        ModelError: The model cannot be built, or has no parameters.
+    """
+    torch.manual_seed(0)
+    try:
+        with contextlib.nullcontext() if weights else parameters_on_meta():
+            model = load_model(architecture).eval()
+        if not model.state_dict():
+            raise ModelError(f"{architecture} has no parameters: there is nothing to inspect")
+        return model, *example_input(model, shape, data)
+    except IsthmusError:
+        if weights:
+            raise
+        return build_example(architecture, shape, data, weights=True)
+
+
 def inspect_model(
     architecture: str, shape: Sequence[int] | str | None, data: DataSet | None, *, prove: bool = True
 ) -> dict[str, Any]:
     """A model's spaces and frozen axes, and the proof that they are right.
+
+    Without a proof no weights are needed: parameters are then made on the meta device, where the model allows it, so
+    that one of any size can be inspected.
 
     Raises:
         InputError: No input is known on which the model runs.
         ModelError: The model cannot be built.
         TraceError: The model cannot be captured.
     """
-    torch.manual_seed(0)
-    model = load_model(architecture).eval()
-    if not model.state_dict():
-        raise ModelError(f"{architecture} has no parameters: there is nothing to inspect")
-    example, assumed = example_input(model, shape, data)
+    model, example, assumed = build_example(architecture, shape, data, weights=prove)
     start = time.perf_counter()
     symmetry = trace(model, *example.args, kwargs=example.kwargs)
     traced = time.perf_counter() - start

@@ -135,7 +135,13 @@ def capture(
         return capture_exported(model, args, kwargs)
     if not args and not kwargs:
         raise InputError("no example input: give trace one batch of inputs, as the model's forward takes them")
-    return export(share_structure(model), args, kwargs)
+    shared = share_structure(model)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return export(shared, args, kwargs)
+    # Everything on one device; buffers that have numbers, such as a table of indices, keep them as constants.
+    numbers = {name: buffer for name, buffer in shared.named_buffers() if not buffer.is_meta}
+    args, named = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
+    return export(shared.to("meta"), args, named, numbers)
 
 
 def capture_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
@@ -150,7 +156,7 @@ def capture_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: Ma
     shapes = [tuple(n.meta["val"].shape) for n in inputs if isinstance(n.meta.get("val"), Tensor)]
     if any(isinstance(size, SymInt) for shape in shapes for size in shape):
         return export(program.module(), args, kwargs)
-    own = describe(program, without_guards(program), args, kwargs)
+    own = describe(program, without_guards(program), args, kwargs, {})
     own.fixed_size = True
     return own if tuple(shapes) == input_shapes(args, kwargs) else own.resized(args, kwargs)
 
@@ -165,8 +171,16 @@ def without_guards(program: ExportedProgram) -> nn.Module:
     return module
 
 
-def export(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+def export(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], numbers: Mapping[str, Tensor] | None = None
+) -> Program:
     """A module's graph, in the mode in which the module is.
+
+    Args:
+        module: The module.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        numbers: Numbers of buffers that have none in the module, by name.
 
     Raises:
         TraceError: `torch.export` cannot capture the module on these inputs.
@@ -182,7 +196,7 @@ def export(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     inline_contexts(exported.graph_module)
-    return describe(exported, module, args, kwargs)
+    return describe(exported, module, args, kwargs, numbers or {})
 
 
 def inline_contexts(module: fx.GraphModule) -> None:
@@ -211,7 +225,13 @@ def inline_contexts(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def describe(exported: ExportedProgram, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+def describe(
+    exported: ExportedProgram,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    numbers: Mapping[str, Tensor],
+) -> Program:
     """The program with its placeholders sorted into parameters, constants and inputs."""
     program = Program(exported, module, args, kwargs)
     tied = tied_names(module)
@@ -224,9 +244,10 @@ def describe(exported: ExportedProgram, module: nn.Module, args: tuple[Any, ...]
             if tensor.is_floating_point():
                 program.parameters[name] = tied.get(str(spec.target), str(spec.target))
             else:
-                program.constants[name] = tensor
+                program.constants[name] = numbers.get(str(spec.target), tensor)
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            program.constants[name] = exported.constants[str(spec.target)]
+            target = str(spec.target)
+            program.constants[name] = numbers.get(target, exported.constants[target])
         elif spec.kind == InputKind.USER_INPUT:
             program.inputs.append(name)
     return program

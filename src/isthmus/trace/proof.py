@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,13 +99,14 @@ def verify(
 
     Raises:
         InputError: No inputs, or no trials.
-        ModelError: The model cannot run in float64.
+        ModelError: The model cannot run in float64, or is larger than memory.
         SymmetryError: A random transform changes the function.
     """
     if trials < 1:
         raise InputError(f"trials={trials}: a proof needs at least one")
     if not inputs and not kwargs:
         raise InputError("no example input: give verify one batch of inputs, as the model's forward takes them")
+    check_memory(model)
     rng = np.random.default_rng(seed)
     more = np.random.default_rng([seed, 1])  # of its own, so that the same permutations are tried whatever else is
     network = double(model)
@@ -136,6 +138,23 @@ def verify(
     changes = control(network, symmetry, (inputs, dict(kwargs or {})), rng, threshold) if controls else {}
     silent = tuple(name for name, effect in changes.items() if effect <= threshold)
     return Proof(worst, tolerance, trials, changes, silent)
+
+
+def check_memory(model: nn.Module) -> None:
+    """Refuses a model whose proof no memory of this machine can hold: the model and two states of it, in float64.
+
+    Raises:
+        ModelError: It cannot.
+    """
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):  # not told on every system
+        return
+    numbers = sum(tensor.numel() for tensor in {id(x): x for x in model.state_dict().values()}.values())
+    needed, held = 3 * 8 * numbers, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > held:
+        raise ModelError(
+            f"a proof of {numbers:,} numbers in float64 takes {needed / 2**30:,.0f} GB or more, and this machine has "
+            f"{held / 2**30:,.0f}: prove a narrow copy of the model, with the same layers of smaller widths"
+        )
 
 
 def double(model: nn.Module) -> nn.Module:
