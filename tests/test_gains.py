@@ -13,7 +13,8 @@ from isthmus.errors import ModelError, SymmetryError, TransformError
 from isthmus.gains import fold_state, foldable
 from isthmus.groups import belongs, complement_of_ones, keeps_function, nearest_element, random_element
 from isthmus.symmetry import Group, Space, Symmetry
-from isthmus.trace.proof import double, outputs
+from isthmus.trace.proof import double
+from isthmus.trace.sample import outputs
 from isthmus.transform import LinearMap, Permutation, compose, invert, move_state
 from pairs import VGG_BN, lively, symmetry
 from prenorm import CENTRED, CONFIGS, REFUSED, Config, Transformer, symmetry_of, tokens, transformer

@@ -13,7 +13,8 @@ import isthmus
 from isthmus.errors import SymmetryError
 from isthmus.gauges import balancing_factors, random_factors, rescaled
 from isthmus.symmetry import Gauge, Symmetry
-from isthmus.trace.proof import double, fresh_inputs, outputs
+from isthmus.trace.proof import double
+from isthmus.trace.sample import fresh_inputs, outputs
 from pairs import MLP, VGG_BN, fresh, inputs_of, stir, symmetry
 from refusals import refuses
 from zoo import ZOO, built, traced

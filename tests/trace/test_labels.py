@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isthmus.trace.blocks import pin, reduce
 from isthmus.trace.labels import (
-    WILDCARD,
-    Units,
     Value,
     as_parameter,
     compress,
@@ -19,15 +18,14 @@ from isthmus.trace.labels import (
     constant_value,
     merge,
     one_to_one,
-    pin,
-    reduce,
     reshape,
     simplify,
     support,
     unsqueeze,
     with_rigid,
 )
-from isthmus.trace.spaces import close_relations
+from isthmus.trace.relations import close_relations
+from isthmus.trace.units import WILDCARD, Units
 
 laws = settings(max_examples=60, deadline=None)
 

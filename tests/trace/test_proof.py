@@ -13,7 +13,8 @@ import isthmus
 from isthmus.errors import InputError, ModelError, SymmetryError, TransformError
 from isthmus.groups import random_element
 from isthmus.symmetry import Group, Site, Space, Symmetry
-from isthmus.trace.proof import double, draw, moved_by, rounding, stirred
+from isthmus.trace.proof import double, moved_by, rounding, stirred
+from isthmus.trace.sample import draw
 from isthmus.transform import LinearMap, Permutation, move_state
 from refusals import refuses
 from zoo import ZOO, Net, built, traced

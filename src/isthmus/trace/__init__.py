@@ -9,10 +9,11 @@ from torch.export import ExportedProgram
 from isthmus.symmetry import Symmetry
 from isthmus.trace.absorption import settle
 from isthmus.trace.capture import capture, state_tensors, tied_names
+from isthmus.trace.description import describe_frozen, describe_graph, describe_spaces
 from isthmus.trace.execute import execute
 from isthmus.trace.proof import Proof, verify
 from isthmus.trace.rules import RULES
-from isthmus.trace.spaces import describe_frozen, describe_graph, describe_spaces, solve
+from isthmus.trace.spaces import solve
 
 __all__ = ["Proof", "trace", "verify"]
 

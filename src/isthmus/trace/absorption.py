@@ -14,10 +14,11 @@ from torch._ops import OpOverload
 from isthmus.symmetry import Consumer, Gain
 from isthmus.trace.capture import Program, module_path
 from isthmus.trace.execute import GainUse, Tracing, operation_name
-from isthmus.trace.labels import ORTHOGONAL_LEVEL, support
+from isthmus.trace.labels import support
 from isthmus.trace.rules.contraction import argument
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
 from isthmus.trace.rules.reduction import LINEAR, dimensions_of
+from isthmus.trace.units import ORTHOGONAL_LEVEL
 
 # Operations that hand on all numbers where they are.
 SAME = {"aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.lift_fresh_copy"}

@@ -15,7 +15,8 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from isthmus.trace.execute import Rule, Tracing, freeze_value, operation_name
-from isthmus.trace.labels import Choice, Names, Units, Value, simplify, support
+from isthmus.trace.labels import Choice, Names, Value, simplify, support
+from isthmus.trace.units import Units
 
 # Operations that compute the result in one slot from what stands in that slot alone, unless a sum runs over slots.
 SLOTWISE = {f"aten.{name}" for name in ("linear", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum")}

@@ -13,18 +13,9 @@ from torch._ops import OpOverload
 from torch.fx.node import map_aggregate, map_arg
 
 from isthmus.trace.capture import Program, module_path
-from isthmus.trace.labels import (
-    WILDCARD,
-    Choice,
-    Ids,
-    Units,
-    Value,
-    as_parameter,
-    constant_value,
-    relate_parts,
-    rigid_value,
-)
+from isthmus.trace.labels import Choice, Value, as_parameter, constant_value, relate_parts, rigid_value
 from isthmus.trace.stacks import labelled_together
+from isthmus.trace.units import WILDCARD, Ids, Units
 
 # Constants up to this many elements are computed for real, so that index tensors can be followed.
 LARGEST_CONSTANT = 2**24

@@ -8,7 +8,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int
 
-from isthmus.trace.labels import WILDCARD, Hashes, Ids, Labels, Units, Value, compress, scramble, support
+from isthmus.trace.labels import Value, compress, support
+from isthmus.trace.units import WILDCARD, Hashes, Ids, Labels, Units, scramble
 
 # A fixed unit that a unit is inside of, after the number of the relation that says so.
 Tag = tuple[int, int]

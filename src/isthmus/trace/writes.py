@@ -9,9 +9,6 @@ from torch.fx.node import map_aggregate
 
 from isthmus.trace.execute import Tracing, bind, freeze_value, origin, values_in
 from isthmus.trace.labels import (
-    WILDCARD,
-    Labels,
-    Units,
     Value,
     compress,
     contains,
@@ -22,6 +19,7 @@ from isthmus.trace.labels import (
     support,
     unsqueeze,
 )
+from isthmus.trace.units import WILDCARD, Labels, Units
 
 
 def mutate(tracing: Tracing, node: fx.Node, result: Any) -> None:

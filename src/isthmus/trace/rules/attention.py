@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from isthmus.trace.blocks import reduce
 from isthmus.trace.execute import Rule, Tracing
-from isthmus.trace.labels import Value, merge, reduce, rigid_layers, unsqueeze
+from isthmus.trace.labels import Value, merge, rigid_layers, unsqueeze
 from isthmus.trace.rules.contraction import contract, matmul_aligned
 from isthmus.trace.rules.normalisation import normalised
 

@@ -6,22 +6,11 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from isthmus.trace.blocks import pin, reduce
 from isthmus.trace.execute import Contraction, Rule, Tracing, freeze_value
-from isthmus.trace.labels import (
-    ORTHOGONAL_LEVEL,
-    Labels,
-    Units,
-    Value,
-    compress,
-    merge,
-    pin,
-    reduce,
-    reshape,
-    support,
-    unsqueeze,
-    with_rigid,
-)
+from isthmus.trace.labels import Value, compress, merge, reshape, support, unsqueeze, with_rigid
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_sum, varying
+from isthmus.trace.units import ORTHOGONAL_LEVEL, Labels, Units
 
 
 def contract(units: Units, left: Value, right: Value, dims: list[int]) -> Value:

@@ -8,23 +8,13 @@ import numpy as np
 import torch
 from torch import fx
 
+from isthmus.trace.blocks import pin, reduce
 from isthmus.trace.choices import choose
 from isthmus.trace.execute import Rule, Tracing, freeze_names, freeze_value, output_shapes, values_in
-from isthmus.trace.labels import (
-    WILDCARD,
-    Names,
-    Value,
-    merge,
-    pin,
-    reduce,
-    reshape,
-    rigid_layers,
-    rigid_value,
-    support,
-    with_rigid,
-)
+from isthmus.trace.labels import Names, Value, merge, reshape, rigid_layers, rigid_value, support, with_rigid
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
 from isthmus.trace.rules.view import run
+from isthmus.trace.units import WILDCARD
 
 
 def index(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:

@@ -5,19 +5,12 @@ from types import SimpleNamespace
 
 from torch import fx
 
+from isthmus.trace.blocks import reduce
 from isthmus.trace.execute import BatchNorm, GainUse, Rule, Tracing
-from isthmus.trace.labels import (
-    FIXING_ONES_LEVEL,
-    ORTHOGONAL_LEVEL,
-    Units,
-    Value,
-    merge,
-    reduce,
-    reshape,
-    support,
-)
+from isthmus.trace.labels import Value, merge, reshape, support
 from isthmus.trace.rules.contraction import argument
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
+from isthmus.trace.units import FIXING_ONES_LEVEL, ORTHOGONAL_LEVEL, Units
 
 
 def along(value: Value | None, dim: int, ndim: int) -> list[Value]:

@@ -7,18 +7,8 @@ from typing import Any
 from torch import fx
 
 from isthmus.trace.execute import GainUse, Rule, Tracing, values_in
-from isthmus.trace.labels import (
-    FIXING_ONES_LEVEL,
-    SCALE,
-    SIGN,
-    Units,
-    Value,
-    lift,
-    merge,
-    narrow,
-    one_to_one,
-    support,
-)
+from isthmus.trace.labels import Value, lift, merge, narrow, one_to_one, support
+from isthmus.trace.units import FIXING_ONES_LEVEL, SCALE, SIGN, Units
 
 # Evidence levels: 0 says that only linear maps were seen, 3 that a unit is used as a single number.
 PERMUTATION_LEVEL = 3

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import fx
 
+from isthmus.trace.blocks import pin
 from isthmus.trace.execute import Rule, Tracing, output_shapes
-from isthmus.trace.labels import Units, Value, concatenate, merge, narrow, pin, unsqueeze, with_rigid
+from isthmus.trace.labels import Value, concatenate, merge, narrow, unsqueeze, with_rigid
 from isthmus.trace.rules.contraction import contract, with_bias
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
+from isthmus.trace.units import Units
 
 
 def recurrent(gates: int, states: int) -> Callable[[Tracing, fx.Node, SimpleNamespace], Any]:

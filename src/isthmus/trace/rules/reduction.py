@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import fx
 
+from isthmus.trace.blocks import reduce
 from isthmus.trace.execute import Rule, Tracing, freeze_value, output_shapes
-from isthmus.trace.labels import FIXING_ONES_LEVEL, ORTHOGONAL_LEVEL, Value, reduce, rigid_value, support
+from isthmus.trace.labels import Value, rigid_value, support
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value, pointwise
+from isthmus.trace.units import FIXING_ONES_LEVEL, ORTHOGONAL_LEVEL
 
 LINEAR = {"aten.mean", "aten.sum"}
 

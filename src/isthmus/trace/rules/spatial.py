@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from isthmus.trace.blocks import pin
 from isthmus.trace.execute import Rule, Tracing, output_shapes
-from isthmus.trace.labels import SCALE, WILDCARD, Value, canonical, pin, rigid_layers, simplify, support, with_rigid
+from isthmus.trace.labels import Value, canonical, rigid_layers, simplify, support, with_rigid
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
+from isthmus.trace.units import SCALE, WILDCARD
 
 LINEAR = ("avg_pool", "upsample")
 

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
+from isthmus.trace.blocks import pin
 from isthmus.trace.execute import Rule, Tracing, freeze_names, values_in
 from isthmus.trace.labels import (
-    Labels,
     Names,
     Value,
     compress,
     concatenate,
     lift,
-    pin,
     reshape,
     simplify,
     support,
@@ -25,6 +24,7 @@ from isthmus.trace.labels import (
     with_rigid,
 )
 from isthmus.trace.rules.pointwise import PERMUTATION_LEVEL, limit_value
+from isthmus.trace.units import Labels
 
 # A view needs memory in order, which an expanded label array does not have; a reshape does the same to any array.
 STAND_INS = {
