@@ -13,7 +13,7 @@ from torch import nn
 from isthmus.cli import main
 from isthmus.errors import ModelError
 from isthmus.facts import describe_symmetry
-from isthmus.inspection import freeze_warnings, frozen_tree, space_tree
+from isthmus.inspection import freeze_warnings, frozen_tree, space_tree, spoken_gauges
 from isthmus.models.structure import parameters_on_meta
 from isthmus.pipeline import build_example, inspect_model
 from isthmus.symmetry import Frozen, Symmetry
@@ -184,3 +184,12 @@ def test_parameters_on_meta_stay_tied_and_the_next_ones_have_numbers():
     assert all(parameter.is_meta for parameter in model.parameters())
     assert torch.equal(model.norm.running_var, torch.ones(3))
     assert not nn.Linear(3, 3).weight.is_meta
+
+
+def test_what_is_free_beside_the_spaces_is_said_in_a_line():
+    names = [("one", "sign"), *((f"layer{k}/turns", "rotation") for k in range(5))]
+    told = spoken_gauges({"gauges": [{"space": name, "kind": kind} for name, kind in names]})
+    assert told == (
+        "signs of single units in one; turns of pairs under rotary positions in layer0, layer1, layer2 and 2 more"
+    )
+    assert spoken_gauges({"gauges": []}) == ""

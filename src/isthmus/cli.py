@@ -74,7 +74,7 @@ def inspect(
 ) -> None:
     """Show a model's spaces, groups and sites; what is frozen, and why."""
     from isthmus.data import load_data
-    from isthmus.inspection import freeze_warnings, frozen_tree, space_tree
+    from isthmus.inspection import freeze_warnings, frozen_tree, space_tree, spoken_gauges
     from isthmus.pipeline import inspect_model
 
     loaded = None if data is None else load_data(data, data_dir)
@@ -87,6 +87,8 @@ def inspect(
         console.print(f"assumed {escape(report['assumed'])}; --input sets it", style="yellow")
     console.print(space_tree(symmetry))
     console.print(frozen_tree(symmetry))
+    if symmetry["gauges"]:
+        console.print(f"free beside the spaces: {escape(spoken_gauges(symmetry))}")
     if symmetry["untouched"]:
         console.print(f"never used: {escape(', '.join(symmetry['untouched']))}", style="yellow")
     print_proof(report["proof"])

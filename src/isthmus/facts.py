@@ -103,6 +103,7 @@ def describe_symmetry(symmetry: Symmetry, alignment: Alignment | None = None) ->
         "frozen": [vars(item) for item in symmetry.frozen],
         "untouched": list(symmetry.untouched),
         "gains": [{"parameter": gain.parameter, "obstacle": gain.obstacle} for gain in symmetry.gains],
+        "gauges": [{"space": gauge.space, "kind": gauge.kind} for gauge in symmetry.gauges],
     }
 
 

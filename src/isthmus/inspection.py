@@ -50,6 +50,21 @@ def frozen_tree(symmetry: Mapping[str, Any]) -> Tree:
     return root
 
 
+def spoken_gauges(symmetry: Mapping[str, Any]) -> str:
+    """What is free beside the spaces, in a line: signs, scales and turns, with the first places of each."""
+    parts = []
+    for kind, words in (
+        ("sign", "signs of single units in"),
+        ("scale", "scales of single units in"),
+        ("rotation", "turns of pairs under rotary positions in"),
+    ):
+        names = [gauge["space"].removesuffix("/turns") for gauge in symmetry["gauges"] if gauge["kind"] == kind]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{words} {', '.join(names[:3])}{more}")
+    return "; ".join(parts)
+
+
 def freeze_warnings(symmetry: Mapping[str, Any]) -> list[str]:
     """A line for every operation that froze what it need not have: one without a rule, or an irregular pattern."""
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}

@@ -104,17 +104,23 @@ class Gain:
     obstacle: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gauge:
-    """A freedom of single units that is no permutation: what writes a unit times a factor, what reads it divided by it.
+    """A freedom of single units, or of pairs, that is no permutation.
+
+    What writes a unit may be multiplied by a factor, and what reads it divided by it. Pairs of units of queries that
+    rotary positions turn may be turned and scaled; those of keys are then turned alike, and divided by the scale.
 
     Attributes:
-        space: Name of the space whose units these are.
-        kind: `"sign"`, factors of 1 and −1, or `"scale"`, positive ones.
+        space: Name of the space whose units these are; of pairs, which are in no space, a name of their own.
+        kind: `"sign"`, factors of 1 and −1, `"scale"`, positive ones, or `"rotation"`, of pairs.
+        sites: Of pairs: where tensors hold them, [heads, pairs, 2 · members]; queries have the role "vector" and keys
+            "covector".
     """
 
     space: str
     kind: str
+    sites: tuple[Site, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class Symmetry:
         tied: Names that are a second name of another tensor, mapped to that tensor's first name.
         untouched: Floating-point tensors that no traced operation reads.
         gains: The gains of norms, and whether their consumers can take them in.
-        gauges: Signs and scales that single units are free to take.
+        gauges: Signs and scales that single units are free to take, and turns of pairs of units.
         program: The captured graph, from which activations are read; None after loading from JSON.
     """
 
@@ -205,15 +211,7 @@ class Symmetry:
                         "copies": space.copies,
                         "parent": space.parent,
                         "group": space.group.value,
-                        "sites": [
-                            {
-                                "parameter": site.parameter,
-                                "dims": list(site.dims),
-                                "role": site.role,
-                                "positions": encode_positions(site.positions),
-                            }
-                            for site in space.sites
-                        ],
+                        "sites": [encode_site(site) for site in space.sites],
                     }
                     for space in self.spaces
                 ],
@@ -222,7 +220,9 @@ class Symmetry:
                 "tied": dict(self.tied),
                 "untouched": list(self.untouched),
                 "gains": [dataclasses.asdict(gain) for gain in self.gains],
-                "gauges": [dataclasses.asdict(gauge) for gauge in self.gauges],
+                "gauges": [
+                    {**vars(gauge), "sites": [encode_site(site) for site in gauge.sites]} for gauge in self.gauges
+                ],
             },
             sort_keys=True,
         )
@@ -243,10 +243,7 @@ class Symmetry:
                     copies=space["copies"],
                     parent=space["parent"],
                     group=Group(space["group"]),
-                    sites=tuple(
-                        Site(site["parameter"], tuple(site["dims"]), decode_positions(site["positions"]), site["role"])
-                        for site in space["sites"]
-                    ),
+                    sites=tuple(decode_site(site) for site in space["sites"]),
                 )
                 for space in data["spaces"]
             )
@@ -260,7 +257,10 @@ class Symmetry:
                     Gain(**{**gain, "consumers": tuple(Consumer(**each) for each in gain["consumers"])})
                     for gain in data.get("gains", ())
                 ),
-                gauges=tuple(Gauge(**gauge) for gauge in data.get("gauges", ())),
+                gauges=tuple(
+                    Gauge(gauge["space"], gauge["kind"], tuple(decode_site(site) for site in gauge.get("sites", ())))
+                    for gauge in data.get("gauges", ())
+                ),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SymmetryError(
@@ -325,6 +325,21 @@ def check_counterpart(frame: Symmetry, own: Symmetry, who: str) -> None:
             raise SymmetryError(
                 f"{who}: {name} is {list(other_shape)} for {list(shape)}, and no space that could be resized lies there"
             )
+
+
+def encode_site(site: Site) -> dict[str, Any]:
+    """A site as a small JSON value."""
+    return {
+        "parameter": site.parameter,
+        "dims": list(site.dims),
+        "role": site.role,
+        "positions": encode_positions(site.positions),
+    }
+
+
+def decode_site(data: Mapping[str, Any]) -> Site:
+    """The site that `encode_site` wrote."""
+    return Site(data["parameter"], tuple(data["dims"]), decode_positions(data["positions"]), data["role"])
 
 
 def encode_positions(positions: Int[np.ndarray, "copies size repeat"]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from isthmus.trace.capture import capture, state_tensors, tied_names
 from isthmus.trace.description import describe_frozen, describe_graph, describe_spaces
 from isthmus.trace.execute import execute
 from isthmus.trace.proof import Proof, verify
+from isthmus.trace.rotary import find_rotations
 from isthmus.trace.rules import RULES
 from isthmus.trace.spaces import solve
 
@@ -50,6 +51,6 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
         tied=tied,
         untouched=tuple(name for name in shapes if name not in read and state[name].is_floating_point()),
         gains=tuple(gains),
-        gauges=tuple(gauges),
+        gauges=(*gauges, *find_rotations(tracing, program)),
         program=describe_graph(tracing, places, program, names),
     )

@@ -24,8 +24,10 @@ def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = F
             continue
         partners = entangled(units, layer, value.layers, gone)
         if partners:
+            # Units that meet fixed positions in a pattern, as rows of a table of relative positions do, are fixed too.
+            fixed = units.is_frozen(layer).all() or all(units.is_frozen(one).all() for one in partners)
             for one in (layer, *partners):
-                units.freeze(one, "a reduction over units that meet others in a pattern", expected=False)
+                units.freeze(one, "a reduction over units that meet others in a pattern", expected=bool(fixed))
             places = tuple(1 if d in gone else size for d, size in enumerate(layer.shape))
             layers.append(units.rigid(math.prod(places)).reshape(places))
         else:

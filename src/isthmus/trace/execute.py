@@ -1,5 +1,6 @@
 """Executes a captured graph on labels instead of numbers, one rule for each operation."""
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -348,12 +349,10 @@ def fold_constant(units: Units, node: fx.Node, op: OpOverload, arguments: Simple
     if any(value.constant is None for value in values) or torch.Tag.nondeterministic_seeded in op.tags:
         return None
     shapes = output_shapes(node)
-    if not isinstance(shapes, tuple) or op._schema.is_mutable:
+    if shapes is None or op._schema.is_mutable:
         return None
-    size = 1
-    for length in shapes:
-        size *= length
-    if size > LARGEST_CONSTANT:
+    every = [shape for shape in shapes if shape is not None] if isinstance(shapes, list) else [shapes]
+    if sum(math.prod(shape) for shape in every) > LARGEST_CONSTANT:
         return None
     numbers = map_aggregate(vars(arguments), lambda x: x.constant if isinstance(x, Value) else x)
     assert isinstance(numbers, dict)
@@ -366,6 +365,8 @@ def fold_constant(units: Units, node: fx.Node, op: OpOverload, arguments: Simple
         result = op(*positional, **named)
         if isinstance(result, Tensor):
             return constant_value(units, result)
+        if isinstance(result, list | tuple) and all(isinstance(each, Tensor) for each in result):
+            return [constant_value(units, each) for each in result]
     return None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import InputError, ModelError, SymmetryError
 from isthmus.gains import fold_state
-from isthmus.gauges import random_factors, rescaled
+from isthmus.gauges import random_factors, random_turns, rescaled, turned
 from isthmus.groups import SPREAD, random_element
 from isthmus.symmetry import Group, Space, Symmetry
 from isthmus.trace.capture import share_structure
@@ -64,10 +64,10 @@ def verify(
 
     Every trial draws permutations of all spaces, uniformly. If the claim is wrong, those that do keep the function are
     a proper subgroup, which holds half of them at most: a wrong symmetry passes with probability 2^-trials or less.
-    Units that are free in sign or scale (`Symmetry.gauges`) take random factors, all at once. Where a space allows
-    more than permutations, the trial draws elements of all spaces' groups too: rotations uniformly, invertible maps
-    with a condition number of two at most. Of these a proper subgroup holds almost none. Gains that can be folded are
-    folded first, so that the folding is proved too.
+    Units that are free in sign or scale, and pairs that are free to be turned (`Symmetry.gauges`), take random ones,
+    all at once. Where a space allows more than permutations, the trial draws elements of all spaces' groups too:
+    rotations uniformly, invertible maps with a condition number of two at most. Of these a proper subgroup holds almost
+    none. Gains that can be folded are folded first, so that the folding is proved too.
 
     Runs in float64 and `eval()` on fresh weights of the model's own scale, since a trained or newly initialised network
     may hardly depend on some of its tensors. The tolerance is eps · √(longest sum) · depth · 8: a forward error bound
@@ -113,12 +113,13 @@ def verify(
                     f"{error:.1e} (rounding explains {allowed:.1e}): this symmetry is wrong, do not use it"
                 )
         if symmetry.gauges:
-            error = sample.change(rescaled(sample.state, symmetry, random_factors(symmetry, more)))
+            scaled = rescaled(sample.state, symmetry, random_factors(symmetry, more))
+            error = sample.change(turned(scaled, symmetry, random_turns(symmetry, more)))
             worst = max(worst, error)
             allowed = tolerance if error <= tolerance else tolerance * max(1.0, sample.sensitivity(rng))
             if not error <= allowed:
                 raise SymmetryError(
-                    f"factors of the units of {', '.join(gauge.space for gauge in symmetry.gauges)} change the outputs "
+                    f"factors or turns of units of {', '.join(g.space for g in symmetry.gauges)} change the outputs "
                     f"by {error:.1e} (rounding explains {allowed:.1e}): these gauges are wrong, do not use them"
                 )
     threshold = CONTROL_FACTOR * tolerance
