@@ -259,6 +259,8 @@ def test_the_window_of_the_text_is_the_models(text, tmp_path, capsys):
     assert (code, error) == (0, "")
     page = (tmp_path / "run" / "report.html").read_text()
     assert "blocks.0.attention.value/units" in page
+    assert "test windows" in page
+    assert "images" not in page  # tokens are none
     assert json.loads((tmp_path / "run" / "features.json").read_text())["spaces"]["tokens"]["units"] == {}
 
 
@@ -278,4 +280,12 @@ def test_a_vision_transformer_is_merged_and_drawn(tmp_path, capsys):
 def test_inspect_knows_what_a_language_model_reads(capsys):
     code, printed, _ = run(capsys, "inspect", GPT, "--json")
     assert code == 0
+    assert json.loads(printed)["input"] == {"0": [6]}
+
+
+def test_inspect_reads_windows_of_the_models_length(text, capsys):
+    code, printed, error = run(
+        capsys, "inspect", GPT, "--data", "tinyshakespeare", "--data-dir", text, "--no-verify", "--json"
+    )
+    assert (code, error) == (0, "")
     assert json.loads(printed)["input"] == {"0": [6]}

@@ -130,6 +130,13 @@ class DataSet:
         """Shape of one input sample, without the batch."""
         return tuple(self.x_train.shape[1:])
 
+    @property
+    def sample_noun(self) -> str:
+        """What one sample is, in a word: an image, a window of text, or a sample of features."""
+        if self.vocabulary is not None:
+            return "window"
+        return "image" if self.x_train.ndim == 4 else "sample"
+
     def train(
         self,
         batch_size: int = 500,

@@ -137,7 +137,12 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
         else None
     )
     told = {
-        "data": {"name": run.inputs.data.name, "split": "test", "images": units.images},
+        "data": {
+            "name": run.inputs.data.name,
+            "split": "test",
+            "images": units.images,
+            "noun": run.inputs.data.sample_noun,
+        },
         "models": list(next(iter(units.spaces.values())).names) if units.spaces else [],
         "threshold": next(iter(units.spaces.values())).threshold if units.spaces else None,
         "spaces": [describe_space(own, ratios[name], gallery) for name, own in units.spaces.items()],

@@ -17,7 +17,6 @@ from isthmus.companions import copy_config, save_hugging_face
 from isthmus.compare import DEFAULT_AVERAGES, RAW, choose_methods, compare
 from isthmus.connect import connect
 from isthmus.cycles import cycle_error, pairwise_barriers
-from isthmus.data import DataSet
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.example import example_input, sample_shapes
 from isthmus.facts import (
@@ -34,12 +33,12 @@ from isthmus.facts import (
     verdict,
 )
 from isthmus.groups import keeps_function
-from isthmus.inputs import Inputs, load_inputs
+from isthmus.inputs import Inputs, load_data_of, load_inputs
 from isthmus.match import METHODS, Match, align
 from isthmus.merge import merge
 from isthmus.models import absolute_spec, load_model
 from isthmus.models.hugging_face import is_hugging_face
-from isthmus.recipe import Recipe
+from isthmus.recipe import Data, Recipe
 from isthmus.registry import configure
 from isthmus.repair import REPAIRS, repair
 from isthmus.report import write_report
@@ -367,11 +366,12 @@ def walk_cycles(method: Match, inputs: Inputs, symmetry: Symmetry, scored: Any, 
 
 
 def inspect_model(
-    architecture: str, shape: Sequence[int] | str | None, data: DataSet | None, *, prove: bool = True
+    architecture: str, shape: Sequence[int] | str | None, data: Data | None, *, prove: bool = True
 ) -> dict[str, Any]:
     """A model's spaces and frozen axes, and the proof that they are right.
 
     Raises:
+        DataError: The data cannot be read, or the model does not run on it.
         InputError: No input is known on which the model runs.
         ModelError: The model cannot be built.
         TraceError: The model cannot be captured.
@@ -380,7 +380,7 @@ def inspect_model(
     model = load_model(architecture).eval()
     if not model.state_dict():
         raise ModelError(f"{architecture} has no parameters: there is nothing to inspect")
-    example, assumed = example_input(model, shape, data)
+    example, assumed = example_input(model, shape, None if data is None else load_data_of(data, model))
     start = time.perf_counter()
     symmetry = trace(model, *example.args, kwargs=example.kwargs)
     traced = time.perf_counter() - start
