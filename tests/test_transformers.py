@@ -13,6 +13,7 @@ from torch import nn
 import isthmus
 from isthmus.average import AVERAGES, Fisher
 from isthmus.average.regmean import RegMean
+from isthmus.batches import as_batch
 from isthmus.cli import main
 from isthmus.connect import connect
 from isthmus.data import load_data
@@ -20,8 +21,9 @@ from isthmus.explain.similarity import cka_matrix
 from isthmus.explain.spectrum import measure_spectra
 from isthmus.explain.taylor import taylor_barrier
 from isthmus.explain.units import measure_units
+from isthmus.groups import random_element
 from isthmus.layers import layers_of
-from isthmus.match import METHODS, Learned, Sinkhorn, StraightThrough
+from isthmus.match import METHODS, Learned, OrthogonalMatching, Sinkhorn, StraightThrough
 from isthmus.models import load_model, sample_tokens
 from pairs import inputs_of, lively
 
@@ -129,6 +131,21 @@ def test_every_way_of_merging_is_scored_or_says_why_not(spec, methods, averages)
     table = found.to_markdown()
     assert "needs base=" in table
     assert "under linear maps" in table
+
+
+@pytest.mark.parametrize("average", ["fisher", "regmean", "pleas", "greedy_soup"])
+@pytest.mark.parametrize("spec", [GPT, VIT])
+def test_rotations_that_keep_the_function_allow_averages_that_run_the_models(spec, average):
+    model, sym, rng = lively(spec, 0).double(), traced(spec), np.random.default_rng(0)
+    planted = {space.name: random_element(space, rng) for space in sym}
+    other = isthmus.apply(isthmus.Alignment(sym, (planted,), folded=True), model, 0)
+    method = OrthogonalMatching(start="activations", invertible=True)
+    found = isthmus.align([model, other], sym, method, data=data(spec))
+    chosen = Fisher(samples=4) if average == "fisher" else average
+    merged = isthmus.merge([model, other], found, chosen, data=data(spec))
+    batch = as_batch(data(spec)[0]).to(torch.device("cpu"), torch.float64)
+    with torch.no_grad():  # float64; the ridges of regmean and pleas hold on to the plain mean, which is the model
+        torch.testing.assert_close(merged(*batch.args), model(*batch.args), rtol=1e-5, atol=1e-5)
 
 
 @EVERY_NETWORK

@@ -41,8 +41,9 @@ from isthmus.symmetry import Symmetry
 from isthmus.trace import trace
 from isthmus.transform import Alignment, apply
 
-# Inputs of the estimates by derivatives, which cost some ten times a pass over the data.
-TAYLOR_INPUTS = 1000
+# Inputs of the estimates by derivatives, which cost some ten times a pass over the data, or as many as hold so many
+# targets: a window of text has one at every position. Twice differentiated, a batch takes several times its memory.
+TAYLOR_INPUTS, TAYLOR_TARGETS, TAYLOR_BATCH = 1000, 10_000, 50
 
 
 @dataclass(frozen=True)
@@ -331,7 +332,8 @@ def judge(run: Run, spectra: Spectra, scored: Batches) -> dict[str, Any]:
             measured[name] = measure_spectra(models, alignment, None, None, run.symmetry)
     found = alignments["weight_matching"]
     moved = [apply(found, model, index) for index, model in enumerate(models)]
-    taylor = taylor_barrier(moved[0], moved[1], calibration.take(TAYLOR_INPUTS))
+    few = min(TAYLOR_INPUTS, max(1, TAYLOR_TARGETS // calibration.y[0].numel()))
+    taylor = taylor_barrier(moved[0], moved[1], calibration.take(few).in_batches(TAYLOR_BATCH))
     claims = judge_claims(
         measured["weight_matching"],
         taylor,
