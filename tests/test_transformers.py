@@ -1,12 +1,16 @@
 """Every room on two transformers: nested spaces, sequences, integer inputs, no BatchNorm, a tied or split tensor."""
 
+import base64
 import copy
+import io
 import json
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
+from matplotlib.image import imread
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,6 +21,7 @@ from isthmus.batches import as_batch
 from isthmus.cli import main
 from isthmus.connect import connect
 from isthmus.data import load_data
+from isthmus.explain.gallery import draw_matches
 from isthmus.explain.similarity import cka_matrix
 from isthmus.explain.spectrum import measure_spectra
 from isthmus.explain.taylor import taylor_barrier
@@ -25,6 +30,7 @@ from isthmus.groups import random_element
 from isthmus.layers import layers_of
 from isthmus.match import METHODS, Learned, OrthogonalMatching, Sinkhorn, StraightThrough
 from isthmus.models import load_model, sample_tokens
+from isthmus.symmetry import Group
 from pairs import inputs_of, lively
 
 GPT = "gpt?width=8&depth=1&heads=2&vocabulary=7&block=6"
@@ -133,14 +139,19 @@ def test_every_way_of_merging_is_scored_or_says_why_not(spec, methods, averages)
     assert "under linear maps" in table
 
 
-@pytest.mark.parametrize("average", ["fisher", "regmean", "pleas", "greedy_soup"])
-@pytest.mark.parametrize("spec", [GPT, VIT])
-def test_rotations_that_keep_the_function_allow_averages_that_run_the_models(spec, average):
+def turned_pair(spec: str) -> tuple[list[nn.Module], isthmus.Alignment]:
+    """A model and its copy moved by random elements of all groups, and the alignment that undoes it."""
     model, sym, rng = lively(spec, 0).double(), traced(spec), np.random.default_rng(0)
     planted = {space.name: random_element(space, rng) for space in sym}
     other = isthmus.apply(isthmus.Alignment(sym, (planted,), folded=True), model, 0)
     method = OrthogonalMatching(start="activations", invertible=True)
-    found = isthmus.align([model, other], sym, method, data=data(spec))
+    return [model, other], isthmus.align([model, other], sym, method, data=data(spec))
+
+
+@pytest.mark.parametrize("average", ["fisher", "regmean", "pleas", "greedy_soup"])
+@pytest.mark.parametrize("spec", [GPT, VIT])
+def test_rotations_that_keep_the_function_allow_averages_that_run_the_models(spec, average):
+    (model, other), found = turned_pair(spec)
     chosen = Fisher(samples=4) if average == "fisher" else average
     merged = isthmus.merge([model, other], found, chosen, data=data(spec))
     batch = as_batch(data(spec)[0]).to(torch.device("cpu"), torch.float64)
@@ -244,6 +255,40 @@ def test_a_merge_is_explained(spec):
     assert taylor_barrier(*models, data(spec)).count == sum(y.numel() for _, y in data(spec))
 
 
+def coloured(uri: str) -> np.ndarray:
+    return imread(io.BytesIO(base64.b64decode(uri.partition(",")[2])))[..., :3]
+
+
+@pytest.mark.parametrize("spec", [GPT, VIT])
+def test_a_merge_of_rotated_copies_is_explained_in_the_folded_frame(spec):
+    models, found = turned_pair(spec)
+    merged = isthmus.merge(models, found)
+    units = measure_units(models, found, merged, data(spec), naive=merged)
+    heads = {space.parent for space in found.symmetry}
+    mixing = {space.name for space in found.symmetry if space.group is not Group.PERMUTATION}
+    found_mixing = {name for name, own in units.spaces.items() if own.mixes}
+    assert found_mixing <= mixing  # of a space of four units, one may count for most of a slot
+    assert next(iter(found.symmetry)).name in found_mixing
+    for name, own in units.spaces.items():
+        if name in heads:  # what stands for a head is the sum of its units, which rotations change
+            continue
+        for values in (own.matched, own.merged[0], own.norm_ratio):
+            # Moments are summed in float32 from rows that float32 data made.
+            torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-4, atol=1e-4)
+        if name in mixing:
+            after = coloured(draw_matches(own, units.moments.spaces[name])["after"])
+            red = colormaps["RdBu_r"](1.0)[:3]
+            slots = np.arange(len(after))
+            np.testing.assert_allclose(after[slots, slots], [red] * len(after), atol=0.02)  # colours of eight bits
+    spectra = measure_spectra(models, found, merged, data(spec), traced(spec))
+    balanced = {site.parameter for space in traced(spec) for site in space.sites if space.group is Group.INVERTIBLE}
+    for layer in spectra.layers:
+        assert layer.distance_after < 1e-8 < layer.distance_before
+        if layer.name not in balanced:  # rotations alone; float64, matrices of condition below 1000
+            assert layer.unchanged < 1e-9
+            assert layer.gains == pytest.approx([1] * len(layer.gains), abs=1e-6)
+
+
 # The command line
 
 
@@ -277,21 +322,30 @@ def test_the_window_of_the_text_is_the_models(text, tmp_path, capsys):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "blocks.0.attention.value/units" in page
     assert "test windows" in page
-    assert "images" not in page  # tokens are none
+    assert "No unit is drawn: the networks take no images." in page
+    assert page.count("images") == 1  # tokens are none
     assert json.loads((tmp_path / "run" / "features.json").read_text())["spaces"]["tokens"]["units"] == {}
 
 
-def test_a_vision_transformer_is_merged_and_drawn(tmp_path, capsys):
+@pytest.mark.parametrize("method", ["weight_matching", "orthogonal_matching"])
+def test_a_vision_transformer_is_merged_and_drawn(tmp_path, capsys, method):
+    wide = VIT.replace("width=8", "width=32")  # so many units that none counts for most of a rotated slot
     for seed in range(2):
         torch.manual_seed(seed)
-        save_file(load_model(VIT).state_dict(), tmp_path / f"{seed}.safetensors")
+        save_file(load_model(wide).state_dict(), tmp_path / f"{seed}.safetensors")
     paths = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
-    merge = ["merge", *paths, "--model", VIT, "--data", "digits", "--samples", 100, "--repair", "repair"]
+    merge = ["merge", *paths, "--model", wide, "--data", "digits", "--samples", 100, "--repair", "repair"]
+    merge += ["--method", method]
     code, _, error = run(capsys, *merge, "-o", tmp_path / "run")
     assert (code, error) == (0, "")
     explain = ["explain", tmp_path / "run", "--images", 50, "--units", 1, "--spaces", 1, "--steps", 2]
     code, _, error = run(capsys, *explain, "--no-claims")
     assert (code, error) == (0, "")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert ("Not drawn, since a linear map mixes their units" in page) == (method == "orthogonal_matching")
+    assert (">mixed<" in page) == (method == "orthogonal_matching")
+    drawn = json.loads((tmp_path / "run" / "features.json").read_text())["spaces"]
+    assert any(each["units"] for each in drawn.values())
 
 
 def test_inspect_knows_what_a_language_model_reads(capsys):
