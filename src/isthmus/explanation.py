@@ -319,7 +319,10 @@ def not_drawn(run: Run, units: Units, wishes: Wishes) -> str | None:
     mixed = [name for name, own in units.spaces.items() if own.mixes]
     if len(mixed) in (0, len(units.spaces)):
         return None
-    return f"Not drawn, since a linear map mixes their units, so that none stands in a slot: {', '.join(mixed)}."
+    return (
+        f"Of {len(units.spaces)} spaces {len(mixed)} are not drawn: a linear map mixes their units, so that none of a "
+        "model's stands in a slot."
+    )
 
 
 def compare_layers(run: Run, scored: Batches) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from isthmus.moments import Moments, SpaceMoments, check_at, collect, symmetry_o
 from isthmus.progress import progress
 from isthmus.symmetry import Site, Space, Symmetry
 from isthmus.trace.reader import Reader, first_float, program_for
-from isthmus.transform import Alignment
+from isthmus.transform import Alignment, LinearMap
 
 # Correlation from which a merged unit counts as a model's feature. The mean of two unrelated units has 1/√2 = .71 with
 # each of them: a threshold below that would call such a mixture the feature of both.
@@ -189,6 +189,10 @@ def measure_units(
     for space in symmetry:
         if space.name not in moments.spaces:
             skipped[space.name] = "no activations stand for it"
+            continue
+        held = [child.name for child in symmetry.children(space)]
+        if any(isinstance(transforms[name], LinearMap) for transforms in alignment.transforms for name in held):
+            skipped[space.name] = "what stands for its units is a sum of units that a linear map mixes"
             continue
         moves = [Move.of(transforms, symmetry, space) for transforms in alignment.transforms]
         responses = {name: each[space.name].double() for name, each in answers.items() if space.name in each}
