@@ -324,6 +324,23 @@ def test_the_ascent_from_activations_lowers_nothing(name):
     assert again.objective == found.objective
 
 
+@pytest.mark.parametrize("name", ["layer, no biases", "rms, grouped, gated"])
+def test_without_sweeps_it_stays_at_the_nearest_activations(name):
+    models = [transformer(name, seed).double() for seed in range(2)]
+    sym = symmetry_of(name)
+    found = isthmus.align(models, sym, OrthogonalMatching(start="activations", max_sweeps=0), data=DATA)
+    assert keeps_function(found)
+    assert found.converged
+    stream = next(space for space in sym if space.parent is None and space.group is not Group.PERMUTATION)
+    folded = [isthmus.fold_norm_gains(model, sym) for model in models] if found.folded else models
+    moments = isthmus.collect(folded, sym, DATA)[stream.name]
+    across = moments.between(0, 1)
+    reached = float((found.transforms[1][stream.name].into[0] * across).sum())
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert reached >= float((orthogonal_element(stream, rng).into[0] * across).sum())
+
+
 def test_a_start_at_activations_needs_data():
     models = [transformer("rms", seed) for seed in range(2)]
     method = OrthogonalMatching(start="activations")
@@ -333,6 +350,8 @@ def test_a_start_at_activations_needs_data():
 
 
 def test_options_are_checked():
+    with refuses(InputError, "max_sweeps=0"):
+        OrthogonalMatching(max_sweeps=0)
     with refuses(InputError, "start='here'"):
         OrthogonalMatching(start="here")
     with refuses(InputError, "restarts=0"):

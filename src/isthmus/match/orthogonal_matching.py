@@ -50,9 +50,9 @@ class OrthogonalMatching:
     vectors that sum to zero. Attention heads are permuted by the value of the best rotation of what each holds. The
     ascent starts at weight matching's permutations, and once more from the input on, trusting only what is matched
     already; the better end is kept, and is at least as high as weight matching's. With `start="activations"` it starts
-    where the activations' covariances put every space, each in its group, and there alone. Norms' gains are folded into
-    their consumers first, so that every moved model keeps its function. Where no space allows more than permutations,
-    the result from weights is weight matching's.
+    where the activations' covariances put every space, each in its group, and there alone; with `max_sweeps=0` it stays
+    there. Norms' gains are folded into their consumers first, so that every moved model keeps its function. Where no
+    space allows more than permutations, the result from weights is weight matching's.
 
     Spaces that allow any invertible map are rotated too: under such maps the inner product has no maximum. With
     `invertible`, every model's basis of such a space is first made the one of smallest weights, in which what writes
@@ -61,7 +61,8 @@ class OrthogonalMatching:
     Attributes:
         start: `"weights"`, or `"activations"`, as consumers receive them, which needs data.
         restarts: How many starts weight matching tries.
-        max_sweeps: Sweeps over all spaces before a start is given up as not converged.
+        max_sweeps: Sweeps over all spaces before a start is given up as not converged; 0 stays at the activations'
+            maps.
         reference: Three and more models: which one all others are carried to, `"first"`, `"best"` or `"medoid"`.
         invertible: Whether to balance the bases of spaces that allow invertible maps, for which all models move.
 
@@ -90,8 +91,11 @@ class OrthogonalMatching:
         check_reference(self.reference)
         if self.start not in STARTS:
             raise InputError(f"start={self.start!r}: use 'weights' or 'activations'")
-        if self.restarts < 1 or self.max_sweeps < 1:
-            raise InputError(f"restarts={self.restarts}, max_sweeps={self.max_sweeps}: both must be at least 1")
+        if self.restarts < 1 or self.max_sweeps < (0 if self.start == "activations" else 1):
+            raise InputError(
+                f"restarts={self.restarts}, max_sweeps={self.max_sweeps}: both must be at least 1; "
+                "max_sweeps=0 is for start='activations'"
+            )
 
     def __call__(self, problem: Problem) -> Alignment:
         """The alignment; its objective is the inner product of the moved weights, summed over models and reference.
@@ -123,7 +127,10 @@ class OrthogonalMatching:
             if self.start == "weights":
                 return self._match(objective, seed)
             begin = activation_start(read, fixed, moved)
-            transforms, converged = ascend(objective, begin, self.max_sweeps, np.random.default_rng(seed))
+            # Each space's map from activations is the best of its group: without sweeps nothing is left to be done.
+            transforms, converged = begin, True
+            if self.max_sweeps:
+                transforms, converged = ascend(objective, begin, self.max_sweeps, np.random.default_rng(seed))
             starts = {"starts": [objective.value(transforms)], "activations": objective.value(begin)}
             return Pair(transforms, objective.value(transforms), converged=converged, details=starts)
 
