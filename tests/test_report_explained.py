@@ -837,3 +837,11 @@ def test_in_a_browser(tmp_path):
     assert found["width"] <= 390
     assert found["images"] == 3 * (2 + 6 * 4 * 2)
     assert found["empty"] == []
+
+
+def test_names_under_a_chart_keep_what_tells_them_apart():
+    assert chart.short("blocks.0.mlp.up") == "blocks.0.mlp.up"
+    assert chart.short("blocks.0.attention.query") == "b.0.a.query"
+    assert chart.short("layer1.0.conv1.weight.more") == "l1.0.c1.w.more"
+    assert chart.short("blocks.12.attention.value/units") == "b.12.a.value/units"
+    assert len(chart.short("x" * 40)) == chart.LONGEST_NAME

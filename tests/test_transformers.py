@@ -1,28 +1,36 @@
 """Every room on two transformers: nested spaces, sequences, integer inputs, no BatchNorm, a tied or split tensor."""
 
+import base64
 import copy
+import io
 import json
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
+from matplotlib.image import imread
 from safetensors.torch import save_file
 from torch import nn
 
 import isthmus
 from isthmus.average import AVERAGES, Fisher
 from isthmus.average.regmean import RegMean
+from isthmus.batches import as_batch
 from isthmus.cli import main
 from isthmus.connect import connect
 from isthmus.data import load_data
+from isthmus.explain.gallery import draw_matches
 from isthmus.explain.similarity import cka_matrix
 from isthmus.explain.spectrum import measure_spectra
 from isthmus.explain.taylor import taylor_barrier
 from isthmus.explain.units import measure_units
+from isthmus.groups import random_element
 from isthmus.layers import layers_of
-from isthmus.match import METHODS, Learned, Sinkhorn, StraightThrough
+from isthmus.match import METHODS, Learned, OrthogonalMatching, Sinkhorn, StraightThrough
 from isthmus.models import load_model, sample_tokens
+from isthmus.symmetry import Group
 from pairs import inputs_of, lively
 
 GPT = "gpt?width=8&depth=1&heads=2&vocabulary=7&block=6"
@@ -131,6 +139,26 @@ def test_every_way_of_merging_is_scored_or_says_why_not(spec, methods, averages)
     assert "under linear maps" in table
 
 
+def turned_pair(spec: str) -> tuple[list[nn.Module], isthmus.Alignment]:
+    """A model and its copy moved by random elements of all groups, and the alignment that undoes it."""
+    model, sym, rng = lively(spec, 0).double(), traced(spec), np.random.default_rng(0)
+    planted = {space.name: random_element(space, rng) for space in sym}
+    other = isthmus.apply(isthmus.Alignment(sym, (planted,), folded=True), model, 0)
+    method = OrthogonalMatching(start="activations", invertible=True)
+    return [model, other], isthmus.align([model, other], sym, method, data=data(spec))
+
+
+@pytest.mark.parametrize("average", ["fisher", "regmean", "pleas", "greedy_soup"])
+@pytest.mark.parametrize("spec", [GPT, VIT])
+def test_rotations_that_keep_the_function_allow_averages_that_run_the_models(spec, average):
+    (model, other), found = turned_pair(spec)
+    chosen = Fisher(samples=4) if average == "fisher" else average
+    merged = isthmus.merge([model, other], found, chosen, data=data(spec))
+    batch = as_batch(data(spec)[0]).to(torch.device("cpu"), torch.float64)
+    with torch.no_grad():  # float64; the ridges of regmean and pleas hold on to the plain mean, which is the model
+        torch.testing.assert_close(merged(*batch.args), model(*batch.args), rtol=1e-5, atol=1e-5)
+
+
 @EVERY_NETWORK
 def test_repair_leaves_alone_what_nothing_was_lost_of(spec):
     model = lively(spec, 0)
@@ -227,6 +255,39 @@ def test_a_merge_is_explained(spec):
     assert taylor_barrier(*models, data(spec)).count == sum(y.numel() for _, y in data(spec))
 
 
+def coloured(uri: str) -> np.ndarray:
+    return imread(io.BytesIO(base64.b64decode(uri.partition(",")[2])))[..., :3]
+
+
+@pytest.mark.parametrize("spec", [GPT, VIT])
+def test_a_merge_of_rotated_copies_is_explained_in_the_folded_frame(spec):
+    models, found = turned_pair(spec)
+    merged = isthmus.merge(models, found)
+    units = measure_units(models, found, merged, data(spec), naive=merged)
+    heads = {space.parent for space in found.symmetry}
+    mixing = {space.name for space in found.symmetry if space.group is not Group.PERMUTATION}
+    found_mixing = {name for name, own in units.spaces.items() if own.mixes}
+    assert found_mixing <= mixing  # of a space of four units, one may count for most of a slot
+    assert next(iter(found.symmetry)).name in found_mixing
+    assert set(units.skipped) == heads - {None}  # what stands for a head is a sum of its units, which rotations change
+    for name, own in units.spaces.items():
+        for values in (own.matched, own.merged[0], own.norm_ratio):
+            # Moments are summed in float32 from rows that float32 data made.
+            torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-4, atol=1e-4)
+        if name in mixing:
+            after = coloured(draw_matches(own, units.moments.spaces[name])["after"])
+            red = colormaps["RdBu_r"](1.0)[:3]
+            slots = np.arange(len(after))
+            np.testing.assert_allclose(after[slots, slots], [red] * len(after), atol=0.02)  # colours of eight bits
+    spectra = measure_spectra(models, found, merged, data(spec), traced(spec))
+    balanced = {site.parameter for space in traced(spec) for site in space.sites if space.group is Group.INVERTIBLE}
+    for layer in spectra.layers:
+        assert layer.distance_after < 1e-8 < layer.distance_before
+        if layer.name not in balanced:  # rotations alone; float64, matrices of condition below 1000
+            assert layer.unchanged < 1e-9
+            assert layer.gains == pytest.approx([1] * len(layer.gains), abs=1e-6)
+
+
 # The command line
 
 
@@ -259,23 +320,42 @@ def test_the_window_of_the_text_is_the_models(text, tmp_path, capsys):
     assert (code, error) == (0, "")
     page = (tmp_path / "run" / "report.html").read_text()
     assert "blocks.0.attention.value/units" in page
+    assert "test windows" in page
+    assert "No unit is drawn: the networks take no images." in page
+    assert page.count("images") == 1  # tokens are none
     assert json.loads((tmp_path / "run" / "features.json").read_text())["spaces"]["tokens"]["units"] == {}
 
 
-def test_a_vision_transformer_is_merged_and_drawn(tmp_path, capsys):
+@pytest.mark.parametrize("method", ["weight_matching", "orthogonal_matching"])
+def test_a_vision_transformer_is_merged_and_drawn(tmp_path, capsys, method):
+    wide = VIT.replace("width=8", "width=32")  # so many units that none counts for most of a rotated slot
     for seed in range(2):
         torch.manual_seed(seed)
-        save_file(load_model(VIT).state_dict(), tmp_path / f"{seed}.safetensors")
+        save_file(load_model(wide).state_dict(), tmp_path / f"{seed}.safetensors")
     paths = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
-    merge = ["merge", *paths, "--model", VIT, "--data", "digits", "--samples", 100, "--repair", "repair"]
+    merge = ["merge", *paths, "--model", wide, "--data", "digits", "--samples", 100, "--repair", "repair"]
+    merge += ["--method", method]
     code, _, error = run(capsys, *merge, "-o", tmp_path / "run")
     assert (code, error) == (0, "")
     explain = ["explain", tmp_path / "run", "--images", 50, "--units", 1, "--spaces", 1, "--steps", 2]
     code, _, error = run(capsys, *explain, "--no-claims")
     assert (code, error) == (0, "")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert ("not drawn: a linear map mixes their units" in page) == (method == "orthogonal_matching")
+    assert (">mixed<" in page) == (method == "orthogonal_matching")
+    drawn = json.loads((tmp_path / "run" / "features.json").read_text())["spaces"]
+    assert any(each["units"] for each in drawn.values())
 
 
 def test_inspect_knows_what_a_language_model_reads(capsys):
     code, printed, _ = run(capsys, "inspect", GPT, "--json")
     assert code == 0
+    assert json.loads(printed)["input"] == {"0": [6]}
+
+
+def test_inspect_reads_windows_of_the_models_length(text, capsys):
+    code, printed, error = run(
+        capsys, "inspect", GPT, "--data", "tinyshakespeare", "--data-dir", text, "--no-verify", "--json"
+    )
+    assert (code, error) == (0, "")
     assert json.loads(printed)["input"] == {"0": [6]}

@@ -73,12 +73,11 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show a model's spaces, groups and sites; what is frozen, and why."""
-    from isthmus.data import load_data
     from isthmus.inspection import freeze_warnings, frozen_tree, space_tree, spoken_gauges
     from isthmus.pipeline import inspect_model
 
-    loaded = None if data is None else load_data(data, data_dir)
-    report = inspect_model(model, parse_shape(shape), loaded, prove=not no_verify)
+    named = None if data is None else Data(name=data, folder=None if data_dir is None else str(data_dir))
+    report = inspect_model(model, parse_shape(shape), named, prove=not no_verify)
     if as_json:
         return print_json(report)
     symmetry = report["symmetry"]
@@ -640,7 +639,8 @@ def print_cycles(cycles: Sequence[Mapping[str, Any]]) -> None:
 
 def print_explanation(told: Mapping[str, Any]) -> None:
     """Prints what became of the units, space by space, and the verdicts."""
-    title = f"units, on {told['data']['images']} images of {told['data']['name']} ({told['data']['split']} split)"
+    data = told["data"]
+    title = f"units, on {data['images']} {data['noun']}s of {data['name']} ({data['split']} split)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("space", no_wrap=True)
     for column in ("units", "matched", "merged", "naive", "shared", "of some", "lost"):

@@ -92,8 +92,15 @@ class Batches:
 
     def halved(self) -> "Batches":
         """Returns the same samples in two batches."""
-        size = math.ceil(len(self.indices) / 2)
-        return Batches(self.x, self.y, size, mean=self.mean, std=self.std, indices=self.indices)
+        return self.in_batches(math.ceil(len(self.indices) / 2))
+
+    def in_batches(self, batch_size: int) -> "Batches":
+        """Returns the same samples in batches of another size.
+
+        Raises:
+            InputError: the size is not positive.
+        """
+        return Batches(self.x, self.y, batch_size, mean=self.mean, std=self.std, indices=self.indices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +136,13 @@ class DataSet:
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one input sample, without the batch."""
         return tuple(self.x_train.shape[1:])
+
+    @property
+    def sample_noun(self) -> str:
+        """What one sample is, in a word: an image, a window of text, or a sample of features."""
+        if self.vocabulary is not None:
+            return "window"
+        return "image" if self.x_train.ndim == 4 else "sample"
 
     def train(
         self,

@@ -27,6 +27,7 @@ from isthmus.explain.spectrum import Spectra, measure_spectra
 from isthmus.explain.taylor import taylor_barrier
 from isthmus.explain.units import MERGED, NAIVE, SpaceUnits, Units, measure_units
 from isthmus.facts import finite
+from isthmus.fold import fold_norm_gains
 from isthmus.inputs import Inputs, load_inputs
 from isthmus.match import StraightThrough, align
 from isthmus.merge import merge
@@ -41,8 +42,9 @@ from isthmus.symmetry import Symmetry
 from isthmus.trace import trace
 from isthmus.transform import Alignment, apply
 
-# Inputs of the estimates by derivatives, which cost some ten times a pass over the data.
-TAYLOR_INPUTS = 1000
+# Inputs of the estimates by derivatives, which cost some ten times a pass over the data, or as many as hold so many
+# targets: a window of text has one at every position. Twice differentiated, a batch takes several times its memory.
+TAYLOR_INPUTS, TAYLOR_TARGETS, TAYLOR_BATCH = 1000, 10_000, 50
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Run:
         merged: The network that came out.
         naive: The average of the models as they are, mended in the same way.
         bare: The mean in the common frame, and the naive average, before any repair; None where they are undefined.
+        parents: The models, their norms' gains folded where the alignment asks for it, as are those of all averages.
         report: The content of `report.json`.
     """
 
@@ -106,6 +109,7 @@ class Run:
     merged: nn.Module
     naive: nn.Module
     bare: Mapping[str, nn.Module | None]
+    parents: list[nn.Module]
     report: dict[str, Any]
 
 
@@ -127,7 +131,7 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
     assert run.inputs.data is not None
     assert run.inputs.calibration is not None
     scored = run.inputs.data.test(run.inputs.calibration.batch_size, seed=run.recipe.seed).take(wishes.images)
-    units = measure_units(run.inputs.models, run.alignment, run.merged, scored, naive=run.naive)
+    units = measure_units(run.parents, run.alignment, run.merged, scored, naive=run.naive)
     ratios = variance_ratios(run, units, scored)
     gallery = draw(run, units, scored, wishes)
     pair = len(run.inputs.models) == 2
@@ -137,11 +141,17 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
         else None
     )
     told = {
-        "data": {"name": run.inputs.data.name, "split": "test", "images": units.images},
+        "data": {
+            "name": run.inputs.data.name,
+            "split": "test",
+            "images": units.images,
+            "noun": run.inputs.data.sample_noun,
+        },
         "models": list(next(iter(units.spaces.values())).names) if units.spaces else [],
         "threshold": next(iter(units.spaces.values())).threshold if units.spaces else None,
         "spaces": [describe_space(own, ratios[name], gallery) for name, own in units.spaces.items()],
         "skipped": dict(units.skipped),
+        "not_drawn": not_drawn(run, units, wishes),
         "spectra": None if spectra is None else describe_spectra(spectra),
         **(
             judge(run, spectra, scored)
@@ -202,6 +212,11 @@ def load_run(folder: Path) -> Run:
     plain = merge(inputs.models, None, "mean", recipe.coefficients)
     framed = merge(inputs.models, alignment, configure("average", "mean", AVERAGES), recipe.coefficients)
     still = align(inputs.models, symmetry, "identity")
+    naive = mend(plain, recipe, inputs, still)
+
+    def folded(model: nn.Module) -> nn.Module:
+        return fold_norm_gains(model, symmetry) if alignment.folded else model
+
     return Run(
         folder,
         recipe,
@@ -209,8 +224,9 @@ def load_run(folder: Path) -> Run:
         symmetry,
         alignment,
         merged.float().eval(),
-        mend(plain, recipe, inputs, still),
-        {"naive": plain, "aligned": None if framed.needs_repair else framed},
+        folded(naive),
+        {"naive": folded(plain), "aligned": None if framed.needs_repair else framed},
+        [folded(model) for model in inputs.models],
         report,
     )
 
@@ -268,11 +284,15 @@ def variance_ratios(run: Run, units: Units, scored: Batches) -> dict[str, dict[s
 
 
 def draw(run: Run, units: Units, scored: Batches, wishes: Wishes) -> Gallery | None:
-    """The gallery; None where the networks take no images, or none is wished for."""
+    """The gallery; None where the networks take no images, or none is wished for.
+
+    Spaces whose units a linear map mixes are left out, unless there are no others.
+    """
+    unmixed = [name for name, own in units.spaces.items() if not own.mixes]
     if not wishes.units or not units.spaces or not takes_images(run.symmetry.program.program):
         return None
     names = next(iter(units.spaces.values())).names
-    networks = dict(zip(names, run.inputs.models, strict=True)) | {MERGED: run.merged, NAIVE: run.naive}
+    networks = dict(zip(names, run.parents, strict=True)) | {MERGED: run.merged, NAIVE: run.naive}
     data = run.inputs.data
     assert data is not None
     return draw_gallery(
@@ -280,13 +300,28 @@ def draw(run: Run, units: Units, scored: Batches, wishes: Wishes) -> Gallery | N
         run.symmetry,
         units,
         scored,
-        spaces=spaced(list(units.spaces), wishes.spaces),
+        spaces=spaced(unmixed or list(units.spaces), wishes.spaces),
         each=wishes.units,
         method=wishes.method,
         steps=wishes.steps,
         seed=run.recipe.seed,
         mean=data.mean,
         std=data.std,
+    )
+
+
+def not_drawn(run: Run, units: Units, wishes: Wishes) -> str | None:
+    """Why units are not drawn that the wishes ask for, in a sentence; None if all can be."""
+    if not wishes.units or not units.spaces:
+        return None
+    if not takes_images(run.symmetry.program.program):
+        return "No unit is drawn: the networks take no images."
+    mixed = [name for name, own in units.spaces.items() if own.mixes]
+    if len(mixed) in (0, len(units.spaces)):
+        return None
+    return (
+        f"Of {len(units.spaces)} spaces {len(mixed)} are not drawn: a linear map mixes their units, so that none of a "
+        "model's stands in a slot."
     )
 
 
@@ -326,7 +361,8 @@ def judge(run: Run, spectra: Spectra, scored: Batches) -> dict[str, Any]:
             measured[name] = measure_spectra(models, alignment, None, None, run.symmetry)
     found = alignments["weight_matching"]
     moved = [apply(found, model, index) for index, model in enumerate(models)]
-    taylor = taylor_barrier(moved[0], moved[1], calibration.take(TAYLOR_INPUTS))
+    few = calibration.take(min(TAYLOR_INPUTS, max(1, TAYLOR_TARGETS // calibration.y[0].numel())))
+    taylor = taylor_barrier(moved[0], moved[1], few.in_batches(TAYLOR_BATCH))
     claims = judge_claims(
         measured["weight_matching"],
         taylor,
@@ -340,7 +376,7 @@ def judge(run: Run, spectra: Spectra, scored: Batches) -> dict[str, Any]:
             "first_order": taylor.first_order,
             "second_order": taylor.second_order,
             "real": taylor.real,
-            "inputs": taylor.count,
+            "inputs": len(few.indices),
         },
         "barriers": barriers,
         "claims": [claim.to_dict() for claim in claims],

@@ -30,6 +30,7 @@ def provenance(recipe: Recipe, inputs: Inputs, command: str) -> dict[str, Any]:
     if recipe.data is not None and inputs.data is not None and inputs.calibration is not None:
         data = {
             "name": inputs.data.name,
+            "noun": inputs.data.sample_noun,
             "score_split": "test",
             "score_samples": len(inputs.data.y_test),
             "walked_samples": min(WALKED_SAMPLES, len(inputs.data.y_test)),

@@ -14,7 +14,7 @@ from isthmus.example import example_input
 from isthmus.members import as_modules
 from isthmus.models import load_model, window
 from isthmus.models.hugging_face import check_config, describes_model, is_hugging_face
-from isthmus.recipe import Recipe
+from isthmus.recipe import Data, Recipe
 
 
 @dataclass(eq=False)
@@ -71,7 +71,18 @@ def read_inputs(recipe: Recipe) -> Inputs:
         models = [model.to(getattr(torch, recipe.dtype)) for model in models]
     data = calibration = None
     if recipe.data is not None:
-        data = load_data(recipe.data.name, recipe.data.folder, block=window(architecture) or BLOCK)
+        data = load_data_of(recipe.data, architecture)
         calibration = data.train(recipe.data.batch_size, seed=recipe.seed).take(recipe.data.samples)
+        if len(calibration) == 1:  # methods that judge what they found hold a batch out
+            calibration = calibration.halved()
     example, assumed = example_input(models[0], recipe.input, data)
     return Inputs(architecture, models, data, calibration, example, assumed)
+
+
+def load_data_of(data: Data, architecture: nn.Module) -> DataSet:
+    """The data set that a recipe names; of a text, in windows as long as the architecture's.
+
+    Raises:
+        DataError: It cannot be read, or is too short for one window.
+    """
+    return load_data(data.name, data.folder, block=window(architecture) or BLOCK)

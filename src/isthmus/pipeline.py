@@ -19,7 +19,6 @@ from isthmus.companions import copy_config, save_hugging_face
 from isthmus.compare import DEFAULT_AVERAGES, RAW, choose_methods, compare
 from isthmus.connect import connect
 from isthmus.cycles import cycle_error, pairwise_barriers
-from isthmus.data import DataSet
 from isthmus.errors import DataError, InputError, IsthmusError, ModelError
 from isthmus.example import example_input, sample_shapes
 from isthmus.facts import (
@@ -36,13 +35,13 @@ from isthmus.facts import (
     verdict,
 )
 from isthmus.groups import keeps_function
-from isthmus.inputs import Inputs, load_inputs
+from isthmus.inputs import Inputs, load_data_of, load_inputs
 from isthmus.match import METHODS, Match, align
 from isthmus.merge import merge
 from isthmus.models import absolute_spec, load_model
 from isthmus.models.hugging_face import is_hugging_face
 from isthmus.models.structure import parameters_on_meta
-from isthmus.recipe import Recipe
+from isthmus.recipe import Data, Recipe
 from isthmus.registry import configure
 from isthmus.repair import REPAIRS, repair
 from isthmus.report import write_report
@@ -370,7 +369,7 @@ def walk_cycles(method: Match, inputs: Inputs, symmetry: Symmetry, scored: Any, 
 
 
 def build_example(
-    architecture: str, shape: Sequence[int] | str | None, data: DataSet | None, *, weights: bool
+    architecture: str, shape: Sequence[int] | str | None, data: Data | None, *, weights: bool
 ) -> tuple[nn.Module, Batch, str]:
     """A model, inputs on which it runs, and what was assumed to make these.
 
@@ -382,6 +381,7 @@ def build_example(
             or run otherwise: some networks compute something from their parameters' numbers while they are built.
 
     Raises:
+        DataError: The data cannot be read, or the model does not run on it.
         InputError: No input is known on which the model runs.
         ModelError: The model cannot be built, or has no parameters.
     """
@@ -391,7 +391,7 @@ def build_example(
             model = load_model(architecture).eval()
         if not model.state_dict():
             raise ModelError(f"{architecture} has no parameters: there is nothing to inspect")
-        return model, *example_input(model, shape, data)
+        return model, *example_input(model, shape, None if data is None else load_data_of(data, model))
     except IsthmusError:
         if weights:
             raise
@@ -399,7 +399,7 @@ def build_example(
 
 
 def inspect_model(
-    architecture: str, shape: Sequence[int] | str | None, data: DataSet | None, *, prove: bool = True
+    architecture: str, shape: Sequence[int] | str | None, data: Data | None, *, prove: bool = True
 ) -> dict[str, Any]:
     """A model's spaces and frozen axes, and the proof that they are right.
 
@@ -407,6 +407,7 @@ def inspect_model(
     that one of any size can be inspected.
 
     Raises:
+        DataError: The data cannot be read, or the model does not run on it.
         InputError: No input is known on which the model runs.
         ModelError: The model cannot be built.
         TraceError: The model cannot be captured.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import isthmus
-from isthmus.errors import InputError
+from isthmus.errors import DataError, InputError
 from isthmus.gains import fold_state
 from isthmus.groups import keeps_function, random_element
 from isthmus.match.families import family_of
@@ -291,7 +291,69 @@ def test_permutation_networks_compute_what_they_did():
     assert largest(isthmus.apply(found, models[1], 1)(x).detach(), models[1](x).detach()) <= ROUNDING
 
 
+DATA = [tokens(40, seed) for seed in range(3)]
+
+
+@EVERY
+@pytest.mark.parametrize("invertible", [False, True])
+def test_activations_alone_find_a_rotated_copy(name, invertible):
+    model, other = transformer(name).double(), rotated(name, 3, invertible=invertible)
+    sym = symmetry_of(name)
+    method = OrthogonalMatching(start="activations", invertible=invertible)
+    found = isthmus.align([model, other], sym, method, data=DATA)
+    assert keeps_function(found)
+    # 600 positions, ten units or fewer: covariances are of full rank, so that the start is the end, up to the rounding
+    # of float32 sums. Of grouped queries, which head of a group is which cannot be told from what rotates.
+    (pair,) = found.details["pairs"]
+    if name == "tied" or CONFIGS[name].kv_heads == 4:
+        assert pair["activations"] == pytest.approx(found.objective, rel=1e-4)
+    merged = isthmus.merge([model, other], found)
+    assert largest(compute(merged, tokens(6)), compute(model, tokens(6))) <= ROUNDING
+
+
+@pytest.mark.parametrize("name", [MLP, CNN])
+def test_the_ascent_from_activations_lowers_nothing(name):
+    models = [lively(name, seed) for seed in range(2)]
+    data = [inputs_of(models[0], 50, seed) for seed in range(2)]
+    found = isthmus.align(models, symmetry(name), OrthogonalMatching(start="activations"), data=data)
+    assert found.is_exact
+    (pair,) = found.details["pairs"]
+    assert pair["starts"] == [found.objective]
+    assert found.objective >= pair["activations"]
+    again = isthmus.align(models, symmetry(name), OrthogonalMatching(start="activations"), data=data)
+    assert again.objective == found.objective
+
+
+@pytest.mark.parametrize("name", ["layer, no biases", "rms, grouped, gated"])
+def test_without_sweeps_it_stays_at_the_nearest_activations(name):
+    models = [transformer(name, seed).double() for seed in range(2)]
+    sym = symmetry_of(name)
+    found = isthmus.align(models, sym, OrthogonalMatching(start="activations", max_sweeps=0), data=DATA)
+    assert keeps_function(found)
+    assert found.converged
+    stream = next(space for space in sym if space.parent is None and space.group is not Group.PERMUTATION)
+    folded = [isthmus.fold_norm_gains(model, sym) for model in models] if found.folded else models
+    moments = isthmus.collect(folded, sym, DATA)[stream.name]
+    across = moments.between(0, 1)
+    reached = float((found.transforms[1][stream.name].into[0] * across).sum())
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert reached >= float((orthogonal_element(stream, rng).into[0] * across).sum())
+
+
+def test_a_start_at_activations_needs_data():
+    models = [transformer("rms", seed) for seed in range(2)]
+    method = OrthogonalMatching(start="activations")
+    assert method.needs == "data"
+    with refuses(DataError, "needs data"):
+        isthmus.align(models, symmetry_of("rms"), method)
+
+
 def test_options_are_checked():
+    with refuses(InputError, "max_sweeps=0"):
+        OrthogonalMatching(max_sweeps=0)
+    with refuses(InputError, "start='here'"):
+        OrthogonalMatching(start="here")
     with refuses(InputError, "restarts=0"):
         OrthogonalMatching(restarts=0)
     with refuses(InputError, "reference='last'"):

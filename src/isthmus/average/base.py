@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from isthmus.average.coefficients import Coefficients
+from isthmus.groups import keeps_function
 from isthmus.trace.reader import first_float
 from isthmus.transform import Alignment
 
@@ -42,8 +43,8 @@ class Aligned:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the moved models compute what they did."""
-        return self.alignment is None or self.alignment.is_exact
+        """Whether the moved models compute what they did: they were permuted, or each space moved within its group."""
+        return self.alignment is None or keeps_function(self.alignment)
 
     def weights(self, name: str) -> Sequence[float]:
         """One weight a model for the tensor of that name."""

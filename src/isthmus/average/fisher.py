@@ -49,7 +49,7 @@ class Fisher:
 
         Raises:
             DataError: No data, or data that cannot be read.
-            InputError: The models were moved by linear maps.
+            InputError: The models were moved by linear maps that change what they compute.
             ModelError: The model gives no class scores.
         """
         if not aligned.is_exact:

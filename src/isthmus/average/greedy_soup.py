@@ -22,8 +22,8 @@ class GreedySoup:
     """Starts with the best model and takes in each next best one that does not raise the loss of the mean.
 
     The loss is that on batches that are held out from the given ones, the last of them. BatchNorm statistics of every
-    mean are measured on the others; at the end on all. The models must be aligned by permutations. A model that is left
-    out counts nothing, so that the result is the best model itself where no other one fits to it.
+    mean are measured on the others; at the end on all. The moved models must compute what they did. A model that is
+    left out counts nothing, so that the result is the best model itself where no other one fits to it.
 
     Attributes:
         held_out: Share of the batches on which means are judged.
@@ -49,7 +49,7 @@ class GreedySoup:
 
         Raises:
             DataError: Data without targets, or a single batch, of which nothing can be held out.
-            InputError: The models were moved by linear maps, whose means are of all of them.
+            InputError: The models were moved by linear maps that change what they compute, whose means are of all.
         """
         if not aligned.is_exact:
             raise InputError(

@@ -56,7 +56,7 @@ class RegMean:
 
         Raises:
             DataError: No data, or data that cannot be read.
-            InputError: The models were moved by linear maps.
+            InputError: The models were moved by linear maps that change what they compute.
         """
         if not aligned.is_exact:
             raise InputError("regmean runs the moved models, which linear maps have changed: use average='pleas'")

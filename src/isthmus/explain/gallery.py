@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from isthmus.batches import read_batches
 from isthmus.errors import InputError
 from isthmus.explain.features import measure_images, respond, visualise_many
+from isthmus.explain.moves import matched_correlation
 from isthmus.explain.units import MERGED, NAIVE, SpaceUnits, Units
 from isthmus.moments import SpaceMoments
 from isthmus.progress import progress
@@ -265,9 +266,13 @@ def draw_matches(own: SpaceUnits, moments: SpaceMoments, first: int = 0, second:
     """
     correlation = moments.correlation(first, second)
     kept = np.unique(np.linspace(0, correlation.shape[0] - 1, min(CELLS, correlation.shape[0])).round().astype(int))
-    rows, columns = own.sources[first][kept], own.sources[second][kept]
-    both = torch.from_numpy((rows >= 0)[:, None] & (columns >= 0))
-    parts = {"before": correlation[kept][:, kept], "after": correlation[rows][:, columns] * both}
+    if any(move.matrix is not None for move in own.moves):
+        moves = own.moves[first], own.moves[second]
+        after = matched_correlation(moments, first, moves[0], second, moves[1])[kept][:, kept]
+    else:
+        rows, columns = own.sources[first][kept], own.sources[second][kept]
+        after = correlation[rows][:, columns] * torch.from_numpy((rows >= 0)[:, None] & (columns >= 0))
+    parts = {"before": correlation[kept][:, kept], "after": after}
     paint = colormaps["RdBu_r"]
     return {
         name: png_uri((paint((part.clamp(-1, 1).numpy() + 1) / 2)[..., :3] * 255).round().astype(np.uint8))

@@ -117,7 +117,7 @@ def by_matching(spaces: Sequence[SpaceUnits]) -> Claim:
     """Is it the matching that keeps them?"""
     text = "Matching, not averaging alone, keeps the features."
     threshold = (
-        f"median correlation with the models at least {APART} above that of the average without matching; top images "
+        f"median correlation with the models at least {APART} above that of the average without matching; top inputs "
         f"in common at least {APART} more"
     )
     known = [space for space in spaces if space.naive is not None]
@@ -130,7 +130,7 @@ def by_matching(spaces: Sequence[SpaceUnits]) -> Claim:
     tops = [(s.overlap, s.naive_overlap) for s in known if s.overlap is not None and s.naive_overlap is not None]
     if tops:
         with_it, without = (fmean(float(pair[i].mean()) for pair in tops) for i in (0, 1))
-        figure += f"; top images in common {with_it:.0%} and {without:.0%}"
+        figure += f"; top inputs in common {with_it:.0%} and {without:.0%}"
         parts.append(with_it - without >= APART)
     return Claim(text, figure, verdict_of(*parts), threshold)
 

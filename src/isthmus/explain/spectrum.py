@@ -287,7 +287,8 @@ def measure_spectra(
     Σ_ij (u_i^a·u_j^b)(v_i^a·v_j^b) is the trace of the product of both matrices' polar factors, the kept directions
     alone: computed as the sum of (U_aᵀ U_b) ∘ (V_aᵀ V_b), two products that serve every threshold. Directions whose
     singular value is zero in float64 are not defined and never kept. Where a transform is no permutation, singular
-    values change; `unchanged` says by how much.
+    values may change; `unchanged` says by how much. Models that are folded before they are moved are folded on both
+    sides.
 
     Args:
         models: Two models of one architecture.
@@ -321,9 +322,11 @@ def measure_spectra(
     symmetry = with_graph(modules[0], known, data)
     weights, skipped = weights_of(symmetry, modules[0])
     states = [upcast(model.state_dict()) for model in modules]
+    if alignment is not None and alignment.folded:  # folding changes singular values: it belongs to both sides
+        states = [dict(alignment.prepared(state, index)) for index, state in enumerate(states)]
     framed = carried(states, alignment)
     merged_state = None if merged is None else upcast(as_modules([modules[0], merged])[1].state_dict())
-    grams = input_grams(modules[0], symmetry, data, samples, rows, seed) if data is not None else {}
+    grams = input_grams(states[0], symmetry, data, samples, rows, seed) if data is not None else {}
     exact = alignment is None or alignment.is_exact
     why = "no data was given" if data is None else "its input rows cannot be gathered: a shared or transposed weight"
     layers = tuple(
@@ -539,11 +542,10 @@ def input_shares(factors: Factors, gram: Float[Tensor, "blocks columns columns"]
 
 
 def input_grams(
-    model: nn.Module, symmetry: Symmetry, data: Any, samples: int, rows: int, seed: int
+    state: State, symmetry: Symmetry, data: Any, samples: int, rows: int, seed: int
 ) -> dict[str, Float[Tensor, "blocks columns columns"]]:
     """The uncentred second moment of what each layer's product reads, a matrix a group of channels, by weight."""
     check_data(data)
-    state = model.state_dict()
     batches = take(data, samples, first_float(state))
     layers = layers_of(symmetry)
     count = max(1, -(-rows // sum(batch.size for batch in batches)))

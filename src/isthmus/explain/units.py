@@ -19,17 +19,21 @@ from torch import Tensor, nn
 
 from isthmus.batches import Batch, first_batch, read_batches
 from isthmus.errors import DataError, InputError
+from isthmus.explain.moves import Move, correlate, deviations, largest_shares
+from isthmus.fold import fold_norm_gains
 from isthmus.members import as_modules
 from isthmus.moments import Moments, SpaceMoments, check_at, collect, symmetry_of
 from isthmus.progress import progress
 from isthmus.symmetry import Site, Space, Symmetry
 from isthmus.trace.reader import Reader, first_float, program_for
-from isthmus.transform import Alignment, LinearMap, Transforms, as_matrix, flat_indices
+from isthmus.transform import Alignment, LinearMap
 
 # Correlation from which a merged unit counts as a model's feature. The mean of two unrelated units has 1/√2 = .71 with
 # each of them: a threshold below that would call such a mixture the feature of both.
 THRESHOLD = 0.75
 SHARED, LOST = "shared", "lost"
+# Share of a slot's squared weights from which on one unit counts for most of it.
+MOST = 0.5
 # What the merged network and the naive average are called among the networks that are read.
 MERGED, NAIVE = "merged", "naive"
 
@@ -56,6 +60,7 @@ class SpaceUnits:
         shuffled_overlap: The same of the merged unit with another unit of each model.
         responses: For every network, each unit's mean over positions in every image, in the common frame (the naive
             average in its own).
+        moves: How each model's units are carried into the common frame.
     """
 
     space: str
@@ -73,6 +78,14 @@ class SpaceUnits:
     naive_overlap: Float[Tensor, "models units"] | None = None
     shuffled_overlap: Float[Tensor, "models units"] | None = None
     responses: Mapping[str, Float[Tensor, "images units"]] = field(default_factory=dict)
+    moves: tuple[Move, ...] = ()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether linear maps mix the units so that no unit of some model counts for most of a slot, in the median."""
+        return any(
+            move.matrix is not None and float(largest_shares(move.matrix).median()) < MOST for move in self.moves
+        )
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -159,6 +172,9 @@ def measure_units(
         raise InputError(f"{len(modules)} models: units can be told for {len(string.ascii_uppercase)} at most")
     symmetry = symmetry_of(modules[0], alignment.symmetry, None, data)
     networks = [*modules, merged, *([] if naive is None else [naive])]
+    if alignment.folded:  # the frame is that of folded models: gains would tell in how far units vary
+        networks = [fold_norm_gains(network, symmetry) for network in networks]
+        modules = networks[: len(modules)]
     moments = collect(networks, symmetry, data, at=at)
     if top > moments.samples:
         raise DataError(f"top={top} of {moments.samples} images: give more data")
@@ -174,6 +190,10 @@ def measure_units(
         if space.name not in moments.spaces:
             skipped[space.name] = "no activations stand for it"
             continue
+        held = [child.name for child in symmetry.children(space)]
+        if any(isinstance(transforms[name], LinearMap) for transforms in alignment.transforms for name in held):
+            skipped[space.name] = "what stands for its units is a sum of units that a linear map mixes"
+            continue
         moves = [Move.of(transforms, symmetry, space) for transforms in alignment.transforms]
         responses = {name: each[space.name].double() for name, each in answers.items() if space.name in each}
         for name, move in zip(names, moves, strict=True):
@@ -188,7 +208,7 @@ def measure_units(
 def measure_space(
     space: Space,
     moments: SpaceMoments,
-    moves: Sequence["Move"],
+    moves: Sequence[Move],
     names: tuple[str, ...],
     responses: Mapping[str, Float[Tensor, "images units"]],
     has_naive: bool,
@@ -222,6 +242,7 @@ def measure_space(
         norm_ratio=torch.where(
             theirs > 0, own / theirs.clamp_min(torch.finfo(theirs.dtype).tiny), torch.ones_like(own)
         ),
+        moves=tuple(moves),
     )
     if MERGED not in responses:
         return known
@@ -236,94 +257,12 @@ def measure_space(
     return SpaceUnits(**{**vars(known), **parts, "top": best, "responses": responses})
 
 
-@dataclass(frozen=True, eq=False)
-class Move:
-    """How one model's units of a space are carried into the common frame: by an order, or by a matrix.
-
-    Attributes:
-        order: The unit that stands in each slot; None for a matrix.
-        matrix: The map, slots × units; None for an order.
-    """
-
-    order: Int[Tensor, " units"] | None
-    matrix: Float[Tensor, "units units"] | None
-
-    @classmethod
-    def of(cls, transforms: Transforms, symmetry: Symmetry, space: Space) -> "Move":
-        """The move of one space, over all its copies, with its parents' moves included."""
-        transform = transforms[space.name]
-        if not isinstance(transform, LinearMap):
-            return cls(torch.from_numpy(flat_indices(transforms, symmetry, space)), None)
-        rows = np.arange(space.copies)
-        if space.parent is not None:
-            rows = flat_indices(transforms, symmetry, symmetry[space.parent])
-        into = as_matrix(transform).into.double()
-        matrix = torch.zeros(space.copies, space.size, space.copies, space.size, dtype=torch.float64)
-        matrix[torch.arange(space.copies), :, torch.from_numpy(rows), :] = into
-        return cls(None, matrix.reshape(space.copies * space.size, -1))
-
-    @property
-    def sources(self) -> Int[Tensor, " units"]:
-        """The unit that stands in each slot, or that counts most there; −1 where none does."""
-        if self.matrix is not None:
-            most = self.matrix.abs().max(dim=1)
-            return torch.where(most.values > 0, most.indices, -1)
-        assert self.order is not None
-        return self.order
-
-    def of_rows(self, values: Float[Tensor, "units columns"]) -> Float[Tensor, "units columns"]:
-        """Values with one row a unit, carried into the frame."""
-        return values[self.order] if self.matrix is None else self.matrix @ values
-
-    def of_columns(self, values: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
-        """Values with one column a unit, carried into the frame."""
-        return self.of_rows(values.T).T
-
-    def undone(self, values: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
-        """Values with one column a slot, carried back."""
-        if self.matrix is not None:
-            return torch.linalg.lstsq(self.matrix, values.T).solution.T
-        assert self.order is not None
-        return values[:, self.order.argsort()]
-
-    def then(self, order: Int[Tensor, " units"]) -> "Move":
-        """This move, and then another order of the slots."""
-        if self.matrix is not None:
-            return Move(None, self.matrix[order])
-        assert self.order is not None
-        return Move(self.order[order], None)
-
-
 def derangement(units: int, generator: torch.Generator) -> Int[Tensor, " units"]:
     """A random order in which no unit keeps its place, where there are two or more: a walk around one random circle."""
     circle = torch.randperm(units, generator=generator)
     order = torch.empty_like(circle)
     order[circle] = circle.roll(1)
     return order
-
-
-def deviations(moments: SpaceMoments, model: int, move: Move) -> Float[Tensor, " units"]:
-    """Standard deviations of a model's units in the frame."""
-    covariance = moments.between(model, model)
-    if move.matrix is None:
-        return moments.deviation[model][move.order]
-    return ((move.matrix @ covariance) * move.matrix).sum(dim=1).clamp_min(0).sqrt()
-
-
-def correlate(moments: SpaceMoments, a: int, move_a: Move, b: int, move_b: Move) -> Float[Tensor, " units"]:
-    """Correlation, slot by slot, of two networks' units in the frame; units that never vary agree if they are equal."""
-    across = move_a.of_rows(moments.between(a, b))
-    if move_b.matrix is None:
-        assert move_b.order is not None
-        shared = across.gather(1, move_b.order[:, None]).squeeze(1)
-    else:
-        shared = (across * move_b.matrix).sum(dim=1)
-    scales = deviations(moments, a, move_a), deviations(moments, b, move_b)
-    product = scales[0] * scales[1]
-    means = [move.of_rows(moments.mean[index][:, None]).squeeze(1) for index, move in ((a, move_a), (b, move_b))]
-    silent = (scales[0] == 0) & (scales[1] == 0) & (means[0] == means[1])
-    correlation = torch.where(product > 0, shared / product.clamp_min(torch.finfo(product.dtype).tiny), 0.0)
-    return torch.where(silent, 1.0, correlation.clamp(-1, 1))
 
 
 def overlap(first: Int[Tensor, "units top"], second: Int[Tensor, "units top"]) -> Float[Tensor, " units"]:

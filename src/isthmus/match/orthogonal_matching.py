@@ -1,5 +1,6 @@
 """Orthogonal weight matching: weight matching in which every space undergoes what its group allows."""
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,13 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.assignment import assignment_value, solve_lap, solve_laps
 from isthmus.errors import InputError
 from isthmus.groups import nearest_element
 from isthmus.match.base import Problem, State, identity_transforms
-from isthmus.match.families import Similarity, as_blocks, assignment_values, family_of
+from isthmus.match.families import Similarity, as_blocks, assignment_values, family_of, roots_of
 from isthmus.match.many import Pair, all_to_one, check_reference
 from isthmus.match.weight_matching import WeightMatching, best_of_starts
 from isthmus.match.weight_objective import WeightObjective, site_rows
@@ -37,6 +38,8 @@ GAIN = 1e-9
 # Directions in which a model's weights are smaller than this share of the largest are not stretched any further.
 FLATTEST = 1e-6
 
+STARTS = ("weights", "activations")
+
 
 @dataclass(frozen=True)
 class OrthogonalMatching:
@@ -46,17 +49,20 @@ class OrthogonalMatching:
     problem, U Vᵀ of the similarity's singular value decomposition; rotations that keep the ones vector the same in the
     vectors that sum to zero. Attention heads are permuted by the value of the best rotation of what each holds. The
     ascent starts at weight matching's permutations, and once more from the input on, trusting only what is matched
-    already; the better end is kept, and is at least as high as weight matching's. Norms' gains are folded into their
-    consumers first, so that every moved model keeps its function. Where no space allows more than permutations, the
-    result is weight matching's.
+    already; the better end is kept, and is at least as high as weight matching's. With `start="activations"` it starts
+    where the activations' covariances put every space, each in its group, and there alone; with `max_sweeps=0` it stays
+    there. Norms' gains are folded into their consumers first, so that every moved model keeps its function. Where no
+    space allows more than permutations, the result from weights is weight matching's.
 
     Spaces that allow any invertible map are rotated too: under such maps the inner product has no maximum. With
     `invertible`, every model's basis of such a space is first made the one of smallest weights, in which what writes
     into the space and what reads from it have the same second moments; this leaves a rotation to be matched.
 
     Attributes:
+        start: `"weights"`, or `"activations"`, as consumers receive them, which needs data.
         restarts: How many starts weight matching tries.
-        max_sweeps: Sweeps over all spaces before a start is given up as not converged.
+        max_sweeps: Sweeps over all spaces before a start is given up as not converged; 0 stays at the activations'
+            maps.
         reference: Three and more models: which one all others are carried to, `"first"`, `"best"` or `"medoid"`.
         invertible: Whether to balance the bases of spaces that allow invertible maps, for which all models move.
 
@@ -65,6 +71,7 @@ class OrthogonalMatching:
         here, they are this project's own.
     """
 
+    start: str = "weights"
     restarts: int = 3
     max_sweeps: int = 100
     reference: str = "first"
@@ -75,18 +82,30 @@ class OrthogonalMatching:
 
     @property
     def needs(self) -> str:
-        """Nothing but the weights; labels if the reference is the best model."""
-        return "labels" if self.reference == "best" else ""
+        """Nothing but the weights; batches for a start at activations; labels if the reference is the best model."""
+        if self.reference == "best":
+            return "labels"
+        return "data" if self.start == "activations" else ""
 
     def __post_init__(self) -> None:
         check_reference(self.reference)
-        if self.restarts < 1 or self.max_sweeps < 1:
-            raise InputError(f"restarts={self.restarts}, max_sweeps={self.max_sweeps}: both must be at least 1")
+        if self.start not in STARTS:
+            raise InputError(f"start={self.start!r}: use 'weights' or 'activations'")
+        if self.restarts < 1 or self.max_sweeps < (0 if self.start == "activations" else 1):
+            raise InputError(
+                f"restarts={self.restarts}, max_sweeps={self.max_sweeps}: both must be at least 1; "
+                "max_sweeps=0 is for start='activations'"
+            )
 
     def __call__(self, problem: Problem) -> Alignment:
-        """The alignment; its objective is the inner product of the moved weights, summed over models and reference."""
+        """The alignment; its objective is the inner product of the moved weights, summed over models and reference.
+
+        Raises:
+            DataError: A start at activations without data, or with data that cannot be read.
+            SymmetryError: A start at activations, of which a space has none.
+        """
         symmetry, start = problem.symmetry, time.perf_counter()
-        if all(space.group is Group.PERMUTATION for space in symmetry):
+        if self.start == "weights" and all(space.group is Group.PERMUTATION for space in symmetry):
             many = "merge_many" if self.reference == "first" else "all_to_one"
             method = WeightMatching(self.restarts, many, self.max_sweeps, self.reference)
             return replace(method(problem), method=self.name)
@@ -97,11 +116,23 @@ class OrthogonalMatching:
             bases = [balancing(state, symmetry, problem.parameters) for state in states]
             states = [move_state(state, basis, symmetry) for state, basis in zip(states, bases, strict=True)]
         names = problem.parameters - gains_of(symmetry)
+        read = problem
+        if balanced and self.start == "activations":
+            pairs = zip(problem.models, states, strict=True)
+            read = Problem([holding(model, state) for model, state in pairs], symmetry, problem.data, problem.seed)
 
         def match_pair(fixed: int, moved: int) -> Pair:
             objective = WeightObjective(symmetry, states[fixed], states[moved], names, torch.float64)
             seed = problem.seed + (moved - 1 if moved > fixed else moved)  # its own for each model that moves
-            return self._match(objective, seed)
+            if self.start == "weights":
+                return self._match(objective, seed)
+            begin = activation_start(read, fixed, moved)
+            # Each space's map from activations is the best of its group: without sweeps nothing is left to be done.
+            transforms, converged = begin, True
+            if self.max_sweeps:
+                transforms, converged = ascend(objective, begin, self.max_sweeps, np.random.default_rng(seed))
+            starts = {"starts": [objective.value(transforms)], "activations": objective.value(begin)}
+            return Pair(transforms, objective.value(transforms), converged=converged, details=starts)
 
         found = all_to_one(problem, self.name, match_pair, self.reference)
         if balanced:
@@ -145,6 +176,34 @@ def forward_start(objective: WeightObjective) -> dict[str, Transform]:
             transforms |= climb(objective, root, transforms)[1]
         objective.moved_by(root)
     return transforms
+
+
+def activation_start(problem: Problem, fixed: int, moved: int) -> dict[str, Transform]:
+    """Of every space the map of its group that brings one model's activations nearest to another's, in least squares.
+
+    Raises:
+        DataError: There is no data, or it cannot be read.
+        SymmetryError: A space can be read nowhere in the graph.
+    """
+    symmetry = problem.symmetry
+    problem.require("data", "a start at activations")
+    moments, transforms = problem.moments("post"), identity_transforms(symmetry)
+    for root in roots_of(symmetry):
+        similarities: dict[str, Similarity] = {}
+        for space in family_of(symmetry, root):
+            units = space.copies * space.size
+            # What holds other units is as alike as they are; its own reading would count them twice.
+            told = np.zeros((units, units)) if symmetry.children(space) else moments[space.name].between(fixed, moved)
+            similarities[space.name] = np.asarray(told, dtype=np.float64)
+        transforms |= solve_family(symmetry, root, similarities)
+    return transforms
+
+
+def holding(model: nn.Module, state: State) -> nn.Module:
+    """A copy of the model with this state."""
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(dict(state))
+    return copied
 
 
 def met_by(objective: WeightObjective, root: Space) -> set[str]:

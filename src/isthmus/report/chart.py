@@ -109,7 +109,16 @@ def label(value: Number) -> str:
 
 
 def short(name: str, longest: int = LONGEST_NAME) -> str:
-    """A name that fits under a chart: its end, which tells layers apart, and its first letters."""
+    """A name that fits under a chart: modules before the last shortened to a letter and their number, from the left.
+
+    Where that is not enough, its end, which tells layers apart, and its first letters.
+    """
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= longest:
+            break
+        parts[index] = part if part.isdigit() else part[:1] + part[len(part.rstrip("0123456789")) :]
+    name = ".".join(parts)
     if len(name) <= longest:
         return name
     head = max(1, longest // 3)

@@ -30,6 +30,11 @@ def letters(report: Report) -> list[str]:
     return [str(name) for name in found] or [chr(ord("A") + index) for index in range(min(26, len(report["models"])))]
 
 
+def sample_noun(found: Report) -> str:
+    """What one sample of the data is: an image, unless the report says otherwise."""
+    return str((found.get("data") or {}).get("noun") or "image")
+
+
 # ---- verdicts
 
 
@@ -44,9 +49,14 @@ def claims(report: Report) -> dict[str, Any] | None:
         "groups": [(title, items, _counted(items)) for title, items in groups if items],
         "models": [(name, files[index] if index < len(files) else "") for index, name in enumerate(letters(report))],
         "data": found.get("data"),
+        "noun": sample_noun(found),
         "seconds": found.get("seconds"),
         "no_claims": _no_claims(found, len(report["models"])),
-        "options": [(str(name), value) for name, value in (found.get("options") or {}).items() if value is not None],
+        "options": [
+            (f"{sample_noun(found)}s" if name == "images" else str(name), value)
+            for name, value in (found.get("options") or {}).items()
+            if value is not None
+        ],
     }
 
 
@@ -131,7 +141,8 @@ def layers(report: Report) -> dict[str, Any] | None:
         "skipped": list((found.get("skipped") or {}).items())[:MOST_SPACES],
         **_matches_alone(report, found),
         "not_drawn": len(spaces) - len(drawn),
-        "groups": _groups(spaces, models),
+        "no_pictures": found.get("not_drawn"),
+        "groups": _groups(spaces, models, sample_noun(found)),
         "spaces": spaces[:MOST_SPACES],
         "left_out": max(0, len(spaces) - MOST_SPACES),
     }
@@ -157,8 +168,8 @@ def _kept(found: Report) -> str:
     return f"A merged unit counts as a model’s feature from a correlation{least} with it on. Shared: every model’s."
 
 
-def _groups(spaces: Sequence[Report], models: Sequence[str]) -> list[Group]:
-    """The columns of the table of spaces; those without a figure are left out."""
+def _groups(spaces: Sequence[Report], models: Sequence[str], noun: str) -> list[Group]:
+    """The columns of the table of spaces; those without a figure are left out. A sample of the data is a `noun`."""
 
     def one(part: str, key: str) -> Callable[[Report], float | None]:
         return lambda space: depth.known(depth.part(space, part).get(key))
@@ -184,7 +195,7 @@ def _groups(spaces: Sequence[Report], models: Sequence[str]) -> list[Group]:
         Group("Units of the merged network", [Column(name, one("labels", name), 0) for name in names]),
         Group("Units without alignment", [Column(name, one("naive_labels", name), 0) for name in names]),
         Group(
-            "Overlap of top images",
+            f"Overlap of top {noun}s",
             [
                 *each("top_overlap", "merged", "merged–"),
                 *each("top_overlap", "naive", "naive–"),
@@ -249,6 +260,8 @@ def directions(report: Report) -> dict[str, Any] | None:
         ),
         "barriers": [(str(name).replace("_", " "), value) for name, value in (found.get("barriers") or {}).items()],
         "images": (found.get("data") or {}).get("images"),
+        "noun": sample_noun(found),
+        "re_estimated": any((pair.get("aligned") or {}).get("repair") for pair in report.get("curves") or []),
         "whole": whole,
         "overlaps": overlaps,
         "panels": panels,
@@ -389,6 +402,7 @@ def alike(report: Report) -> dict[str, Any] | None:
             }
         )
     return {
+        "noun": sample_noun(explained(report) or {}),
         "maps": maps,
         "together": together,
         "start": start,

@@ -232,10 +232,11 @@ def symmetry(report: Report) -> dict[str, Any]:
 
 
 class Column(NamedTuple):
-    """A column of shares of moved units: its heading, and the share of a space."""
+    """Shares of moved units: a heading, the share of a space, and whether a linear map mixes its units."""
 
     name: str
     share: Callable[[Report], float | None]
+    mixed: Callable[[Report], bool]
 
 
 def _moved_columns(spaces: Sequence[Report], models: int) -> list[Column]:
@@ -245,13 +246,18 @@ def _moved_columns(spaces: Sequence[Report], models: int) -> list[Column]:
         moved = space.get("moved") or []
         return figures.finite(moved[index]) if index < len(moved) else None
 
-    moving = [index for index in range(models) if any(share(space, index) for space in spaces)]
+    def mixed(space: Report, indices: Sequence[int]) -> bool:
+        moved = space.get("moved") or []
+        return any(index < len(moved) and moved[index] is None for index in indices)
+
+    moving = [index for index in range(models) if any(share(space, index) or mixed(space, [index]) for space in spaces)]
     if len(moving) <= MOVED_COLUMNS:
         shown = moving or list(range(min(models, 2)))[-1:]
         return [
             Column(
                 "Moved" if models == 2 and len(shown) == 1 else f"Model {index} moved",
                 lambda space, i=index: share(space, i),
+                lambda space, i=index: mixed(space, [i]),
             )
             for index in shown
         ]
@@ -260,7 +266,7 @@ def _moved_columns(spaces: Sequence[Report], models: int) -> list[Column]:
         shares = [value for index in moving if (value := share(space, index)) is not None]
         return sum(shares) / len(shares) if shares else None
 
-    return [Column(f"Moved, mean of {len(moving)} models", mean)]
+    return [Column(f"Moved, mean of {len(moving)} models", mean, lambda space: mixed(space, moving))]
 
 
 def frozen(report: Report) -> dict[str, Any] | None:
