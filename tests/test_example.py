@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from isthmus.cli import main
 from isthmus.arguments import parse_shape
+from isthmus.cli import main
 from isthmus.errors import InputError
 from isthmus.example import InputShape, example_input, parse_input, sample_shapes
 from isthmus.recipe import Member, Recipe
