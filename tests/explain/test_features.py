@@ -23,7 +23,8 @@ from refusals import refuses
 from zoo import ZOO, Net
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-IMAGES = [name for name, net in ZOO.items() if len(net.sample_shape) == 3]
+# Little of an image comes through all of FadingSignal, in float32 nothing, and drawing it is refused.
+IMAGES = [name for name, net in ZOO.items() if len(net.sample_shape) == 3 and name != "FadingSignal"]
 STILL = {"jitter": 0.0, "scale": 0.0, "rotate": 0.0}
 
 

@@ -171,9 +171,9 @@ class Target:
     def values(
         self, state: Mapping[str, Tensor], images: Float[Tensor, "images channels height width"]
     ) -> Float[Tensor, "images units"]:
-        """Every unit's mean over its positions in every image."""
+        """Every unit's mean over its positions in every image, and over the windows that an image may be cut into."""
         value = self.forward(len(images)).value(state, images)
-        return means_of_units(value, self.sites, self.batch_dim)
+        return means_of_units(value, self.sites, self.batch_dim).unflatten(0, (len(images), -1)).mean(dim=1)
 
 
 def float32_program(model: nn.Module, program: Program) -> Program:
