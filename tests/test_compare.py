@@ -9,6 +9,7 @@ import torch
 import isthmus
 from isthmus.compare import measuring
 from isthmus.errors import DataError, InputError
+from isthmus.match import WeightMatching
 from isthmus.report import draw_comparison
 from pairs import MLP, VGG_BN, data_of, symmetry, trained
 
@@ -33,6 +34,17 @@ def test_every_way_is_a_row_that_can_be_made_again():
     assert row.barrier == pytest.approx(score.loss - sum(s.loss for s in found.parents) / 2)
     assert found.best.loss == min(row.loss for row in found.rows)
     assert all(row.seconds >= 0 for row in found.rows)
+
+
+def test_a_method_may_bring_options_and_its_row_says_which():
+    models = [trained(MLP, seed) for seed in range(2)]
+    found = isthmus.compare(
+        models, data_of(MLP), data_of(MLP), symmetry(MLP), repairs=["raw"],
+        methods=["weight_matching?restarts=1&reference=medoid", WeightMatching()], averages=["slerp"],
+    )  # fmt: skip
+    assert [row.method for row in found.rows] == ["weight_matching?restarts=1&reference=medoid", "weight_matching"]
+    with pytest.raises(InputError, match=r"weight_matching has no option 'restart' .did you mean 'restarts'"):
+        isthmus.compare(models, data_of(MLP), data_of(MLP), methods=["weight_matching?restart=1"])
 
 
 def test_what_cannot_be_done_says_why():

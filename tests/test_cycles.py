@@ -61,7 +61,7 @@ def test_where_all_models_are_one_nothing_is_lost():
 def test_networks_that_were_never_trained_have_little_in_common():
     models = [lively(MLP, seed) for seed in range(3)]
     found = cycle_error(models, symmetry(MLP), WeightMatching(restarts=1))
-    assert found.method == "weight_matching"
+    assert found.method == "weight_matching?restarts=1"
     # Three matchings of noise with noise: a unit comes back by chance, one in 24 of them.
     assert 0.5 < found.share_lost <= 1
 

@@ -58,8 +58,11 @@ def parse_value(text: str) -> Any:
 
 
 def parse_names(text: str | None) -> list[str] | None:
-    """The names in a text such as `mean,pleas`."""
-    return None if text is None else [name.strip().replace("-", "_") for name in text.split(",") if name.strip()]
+    """The names in a text such as `mean,pleas`, or with options as in `cca?gamma=0.1,zipit`."""
+    if text is None:
+        return None
+    parts = [part.strip().partition("?") for part in text.split(",") if part.strip()]
+    return [name.replace("-", "_") + mark + options for name, mark, options in parts]
 
 
 def parse_shape(text: str | None) -> list[int] | str | None:

@@ -244,7 +244,11 @@ def compare(
         Path | None, typer.Option("-o", "--out", help="Folder for compare.json, table.md, compare.svg, compare.png.")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Matching methods, separated by commas; all that the data allows by default.")
+        str | None,
+        typer.Option(
+            help="Matching methods, separated by commas, each with options if need be, such as 'cca?gamma=0.1,zipit'; "
+            "all that the data allows by default."
+        ),
     ] = None,
     averages: Annotated[str | None, typer.Option(help="Averages, separated by commas: mean,pleas by default.")] = None,
     repairs: Annotated[str | None, typer.Option(help="raw,reset,repair, or some of them.")] = None,

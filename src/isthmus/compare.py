@@ -21,7 +21,7 @@ from isthmus.members import as_modules
 from isthmus.merge import merge
 from isthmus.moments import symmetry_of
 from isthmus.progress import progress
-from isthmus.registry import configure
+from isthmus.registry import configure_text, spell
 from isthmus.repair import REPAIRS, repair
 from isthmus.running_statistics import normalisation_layers
 from isthmus.score import Ensemble, Score, evaluate
@@ -130,8 +130,9 @@ def compare(
         data: Labelled batches to score on.
         calibration: Training batches for methods, averages and repairs that need them; never the data scored on.
         symmetry: What `trace` returned; found from the calibration data if left out.
-        methods: Names in `METHODS` or configured methods; by default all whose needs are met.
-        averages: Names in `AVERAGES` or configured averages.
+        methods: Names in `METHODS`, with options as in `orthogonal_matching?start=activations`, or configured methods;
+            by default all whose needs are met.
+        averages: Names in `AVERAGES`, likewise, or configured averages.
         repairs: `"raw"`, `"reset"`, `"repair"`.
         base: The common ancestor, for averages that need it.
         seed: Seeds everything random.
@@ -149,7 +150,7 @@ def compare(
         raise InputError(f"repair {unknown[0]!r}: choose from {', '.join((RAW, *REPAIRS))}")
     if calibration is None and any(each != RAW for each in repairs):
         raise DataError("repairs measure statistics: give calibration=, training batches, or repairs=['raw']")
-    ways = [configure("average", each, AVERAGES) if isinstance(each, str) else each for each in averages]
+    ways = [configure_text("average", each, AVERAGES) if isinstance(each, str) else each for each in averages]
     chosen = choose_methods(methods, calibration)
     symmetry = symmetry_of(modules[0], symmetry, None, calibration if calibration is not None else data)
     parents = tuple(evaluate(model, data) for model in modules)
@@ -165,7 +166,7 @@ def compare(
                     partial(merge, modules, found, average, data=calibration, base=base, seed=seed)
                 )
             for kind in mending:
-                row, mended, repairing = Row(method.name, average.name, kind), made, Spent()
+                row, mended, repairing = Row(spell(method), spell(average), kind), made, Spent()
                 if isinstance(made, nn.Module):
                     mended, repairing = measured(partial(mend, made, kind, calibration, modules, found))
                 if not isinstance(mended, nn.Module):
@@ -179,7 +180,7 @@ def compare(
 def choose_methods(methods: Sequence[str | Match] | None, data: Any) -> list[Match]:
     """The configured methods; by default all whose needs the data meets."""
     if methods is not None:
-        return [configure("matching method", each, METHODS) if isinstance(each, str) else each for each in methods]
+        return [configure_text("matching method", each, METHODS) if isinstance(each, str) else each for each in methods]
     met = {""} if data is None else {"", "data", "labels"} if is_labelled(data) else {"", "data"}
     return [method for name, build in METHODS.items() if name != "auto" and (method := build()).needs in met]
 

@@ -15,6 +15,7 @@ from isthmus.errors import InputError
 from isthmus.match import Match, align
 from isthmus.members import as_modules
 from isthmus.progress import progress
+from isthmus.registry import spell
 from isthmus.symmetry import Space, Symmetry
 from isthmus.transform import Alignment, Permutation, Transforms, apply, as_matrix, compose, flat_indices
 
@@ -99,7 +100,7 @@ def cycle_error(
     if len(models) < 3:
         raise InputError(f"{len(models)} models: a cycle needs three at least")
     modules = as_modules(models, module)
-    name = method if isinstance(method, str) else method.name
+    name = method if isinstance(method, str) else spell(method)
     # found[a, b] carries model a into the own frame of model b.
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for a, b in progress(list(itertools.permutations(range(len(modules)), 2)), f"{name}, all ordered pairs"):

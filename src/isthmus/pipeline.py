@@ -42,7 +42,7 @@ from isthmus.models import absolute_spec, load_model
 from isthmus.models.hugging_face import is_hugging_face
 from isthmus.models.structure import parameters_on_meta
 from isthmus.recipe import Data, Recipe
-from isthmus.registry import configure
+from isthmus.registry import configure, configure_text
 from isthmus.repair import REPAIRS, repair
 from isthmus.report import write_report
 from isthmus.running_statistics import normalisation_layers
@@ -322,7 +322,7 @@ def run_compare(
         raise DataError("comparing ways to merge measures each: give --data NAME or --data FILE.npz")
     for kind, names, table in (("matching method", methods, METHODS), ("average", averages, AVERAGES)):
         for name in names or ():
-            configure(kind, name, table)
+            configure_text(kind, name, table)
     if cycles and len(recipe.models) < 3:
         raise InputError(f"--cycles with {len(recipe.models)} models: a cycle needs three at least")
     inputs = load_inputs(recipe)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -32,6 +33,44 @@ def configure(kind: str, name: str, table: Mapping[str, type[T]], options: Mappi
                 f"{name} has no option {option!r}{did_you_mean(option, known)}: it has {', '.join(known) or 'none'}"
             )
     return chosen(**(options or {}))
+
+
+def configure_text(kind: str, text: str, table: Mapping[str, type[T]]) -> T:
+    """The object of a text such as `cca` or `orthogonal_matching?start=activations&restarts=1`.
+
+    Each value is JSON, or else a string.
+
+    Raises:
+        InputError: No such name, no such option, or one without a value.
+    """
+    name, _, query = text.partition("?")
+    options: dict[str, Any] = {}
+    for item in query.split("&") if query else ():
+        key, equals, value = item.partition("=")
+        if not equals or key in options:
+            raise InputError(f"{kind} {text!r}: {item!r} is not a new key=value; write NAME?key=value&other=value")
+        try:
+            options[key.strip().replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:  # documented: what is not JSON is a string
+            options[key.strip().replace("-", "_")] = value
+    return configure(kind, name, table, options)
+
+
+def spell(configured: Any) -> str:
+    """The text that `configure_text` reads: a configured object's name, and its options that are not the usual ones."""
+    fields = dataclasses.fields(configured) if dataclasses.is_dataclass(configured) else ()
+    changed = [
+        f"{field.name}={value if isinstance(value, str) else json.dumps(value, default=repr)}"
+        for field in fields
+        if field.init and (value := getattr(configured, field.name)) != usual_value(field)
+    ]
+    name: str = getattr(configured, "name")  # noqa: B009 (narrowed to a dataclass, which need not have one)
+    return name + ("?" + "&".join(changed) if changed else "")
+
+
+def usual_value(field: dataclasses.Field[Any]) -> Any:
+    """An option's default."""
+    return field.default_factory() if callable(field.default_factory) else field.default
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
