@@ -40,9 +40,9 @@ def test_a_method_may_bring_options_and_its_row_says_which():
     models = [trained(MLP, seed) for seed in range(2)]
     found = isthmus.compare(
         models, data_of(MLP), data_of(MLP), symmetry(MLP), repairs=["raw"],
-        methods=["weight_matching?restarts=1&reference=medoid", WeightMatching()], averages=["slerp"],
+        methods=["weight_matching?restarts=1&max_sweeps=3", WeightMatching()], averages=["slerp"],
     )  # fmt: skip
-    assert [row.method for row in found.rows] == ["weight_matching?restarts=1&reference=medoid", "weight_matching"]
+    assert [row.method for row in found.rows] == ["weight_matching?restarts=1&max_sweeps=3", "weight_matching"]
     with pytest.raises(InputError, match=r"weight_matching has no option 'restart' .did you mean 'restarts'"):
         isthmus.compare(models, data_of(MLP), data_of(MLP), methods=["weight_matching?restart=1"])
 
