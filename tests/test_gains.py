@@ -13,12 +13,12 @@ from isthmus.errors import ModelError, SymmetryError, TransformError
 from isthmus.gains import fold_state, foldable
 from isthmus.groups import belongs, complement_of_ones, keeps_function, nearest_element, random_element
 from isthmus.symmetry import Group, Space, Symmetry
-from isthmus.trace.proof import double
 from isthmus.trace.sample import outputs
 from isthmus.transform import LinearMap, Permutation, compose, invert, move_state
 from pairs import VGG_BN, lively, symmetry
 from prenorm import CENTRED, CONFIGS, REFUSED, Config, Transformer, symmetry_of, tokens, transformer
 from refusals import refuses
+from zoo import double
 
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 # float64 through at most 60 operations with sums of 14 terms: 60 · √14 · 2⁻⁵² · 8, rounded up.

@@ -13,11 +13,10 @@ import isthmus
 from isthmus.errors import SymmetryError
 from isthmus.gauges import balancing_factors, random_factors, rescaled
 from isthmus.symmetry import Gauge, Symmetry
-from isthmus.trace.proof import double
 from isthmus.trace.sample import fresh_inputs, outputs
 from pairs import MLP, VGG_BN, fresh, inputs_of, stir, symmetry
 from refusals import refuses
-from zoo import ZOO, built, traced
+from zoo import ZOO, built, double, traced
 
 # float64 through at most ten layers of sums of 65 terms, factors of up to two either way.
 ROUNDING = 1e-10

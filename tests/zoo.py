@@ -5,6 +5,7 @@
 are empty where the tracer finds all. A count of free units adds up sizes, all copies counted.
 """
 
+import copy
 from functools import cache
 from typing import Any, ClassVar
 
@@ -1824,3 +1825,8 @@ def traced(name: str) -> Symmetry:
     """The symmetry of `built(name)`."""
     args, kwargs = built(name).inputs()
     return isthmus.trace(built(name), *args, kwargs=kwargs)
+
+
+def double(model: nn.Module) -> nn.Module:
+    """A float64 copy of the model in `eval()`."""
+    return copy.deepcopy(model).double().eval()

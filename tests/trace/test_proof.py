@@ -13,11 +13,11 @@ import isthmus
 from isthmus.errors import InputError, ModelError, SymmetryError, TransformError
 from isthmus.groups import random_element
 from isthmus.symmetry import Group, Site, Space, Symmetry
-from isthmus.trace.proof import double, moved_by, rounding, stirred
+from isthmus.trace.proof import moved_by, rounding, stirred
 from isthmus.trace.sample import draw
 from isthmus.transform import LinearMap, Permutation, move_state
 from refusals import refuses
-from zoo import ZOO, Net, built, traced
+from zoo import ZOO, Net, built, double, traced
 
 STRUCTURES = pytest.mark.parametrize("name", ZOO)
 # Networks of the zoo are at most forty operations deep and sum at most 150 terms: eps · √150 · 40 · 8, rounded up.

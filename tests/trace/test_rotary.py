@@ -13,8 +13,8 @@ import isthmus
 from isthmus.errors import SymmetryError
 from isthmus.gauges import random_turns, turned
 from isthmus.symmetry import Gauge
-from isthmus.trace.proof import double
 from refusals import refuses
+from zoo import double
 
 T, D, HEADS, INNER = 5, 6, 4, 6
 # float64 through a few sums of 24 terms, scales of up to two either way.

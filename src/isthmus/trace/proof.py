@@ -96,7 +96,7 @@ def verify(
     check_memory(model)
     rng = np.random.default_rng(seed)
     more = np.random.default_rng([seed, 1])  # of its own, so that the same permutations are tried whatever else is
-    network = double(model)
+    network = runnable(model)
     tolerance = rounding(symmetry, torch.finfo(torch.float64).eps)
     if any(space.group is Group.INVERTIBLE for space in symmetry):
         tolerance *= SPREAD**4
@@ -129,7 +129,7 @@ def verify(
 
 
 def check_memory(model: nn.Module) -> None:
-    """Refuses a model whose proof no memory of this machine can hold: the model and two states of it, in float64.
+    """Refuses a model whose proof no memory of this machine can hold: two states of it, in float64.
 
     Raises:
         ModelError: It cannot.
@@ -137,7 +137,7 @@ def check_memory(model: nn.Module) -> None:
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):  # not told on every system
         return
     numbers = sum(tensor.numel() for tensor in {id(x): x for x in model.state_dict().values()}.values())
-    needed, held = 3 * 8 * numbers, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, held = 2 * 8 * numbers, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > held:
         raise ModelError(
             f"a proof of {numbers:,} numbers in float64 takes {needed / 2**30:,.0f} GB or more, and this machine has "
@@ -145,13 +145,20 @@ def check_memory(model: nn.Module) -> None:
         )
 
 
-def double(model: nn.Module) -> nn.Module:
-    """A float64 copy of the model in `eval()`, on the CPU."""
+def runnable(model: nn.Module) -> nn.Module:
+    """A copy of the module tree in `eval()`, to be run on other weights, on the CPU and in float64.
+
+    It shares the model's own weights, which only tell their scale, so that a proof needs no copy of them.
+    """
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        structure = copy.deepcopy(model).to_empty(device="cpu")
-    else:
-        structure = copy.deepcopy(share_structure(model)).cpu()
-    return structure.double().train().eval()
+        return copy.deepcopy(model).to_empty(device="cpu").double().train().eval()
+    shared = share_structure(model)
+    stored = set(shared.state_dict())
+    for path, module in shared.named_modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if (f"{path}.{name}" if path else name) not in stored:
+                module._buffers[name] = buffer.cpu().double() if buffer.is_floating_point() else buffer.cpu()
+    return shared
 
 
 def rounding(symmetry: Symmetry, eps: float) -> float:

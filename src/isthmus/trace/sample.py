@@ -37,13 +37,16 @@ def fresh_weights(network: nn.Module, symmetry: Symmetry, rng: np.random.Generat
     0.5 and 1.5. Tensors that no space touches are drawn too, since a site may be missing; buffers among them keep signs
     and infinities, being scaled by 0.5 to 1.5 unless they are all zero.
     """
-    state = dict(network.state_dict())
+    state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     variances = {site.parameter for space in symmetry for site in space.sites if site.role == "variance"}
     gains = {gain.parameter: gain for gain in foldable(symmetry)}
     drawn = set(symmetry.sites) | {name for name, _ in network.named_parameters()}
     for name, old in state.items():
-        if not old.is_floating_point() or not old.numel() or name in symmetry.tied:
+        if not old.is_floating_point():
+            continue
+        old = state[name] = old.double()
+        if not old.numel() or name in symmetry.tied:
             continue
         if name in variances:
             state[name] = around_one(old.shape, generator)
