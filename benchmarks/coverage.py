@@ -1,6 +1,6 @@
 """Traces and verifies the models of a library, one by one, and writes docs/coverage.md.
 
-    python benchmarks/coverage.py --source torchvision|timm|transformers|zoo [--only REGEX] [--json OUT] [--limit 300]
+    python benchmarks/coverage.py --source torchvision|timm|transformers [--only REGEX] [--json OUT] [--limit 300]
 
 Each model runs in a process of its own with a time limit. Rows go to OUT (default
 benchmarks/results/coverage-SOURCE.json, where rows of models that did not run now stay), and docs/coverage.md is
@@ -37,7 +37,6 @@ SOURCES = {
     "torchvision": ("coverage_torchvision", "torchvision"),
     "timm": ("coverage_timm", "timm"),
     "transformers": ("coverage_transformers", "transformers"),
-    "zoo": ("coverage_zoo", "isthmus"),
 }
 
 # Above so many parameters a proof runs once, since its copies of the weights are in float64; above MANY without
@@ -247,6 +246,11 @@ behind once as a negative control) on an untrained model: a symmetry belongs to 
   too large for the usual proof;
 - **lost**: what was frozen although it might move, by an operation without a rule or by an irregular pattern. It is never
   wrong: what is frozen stays where it is.
+
+Of recurrent layers (LSTM, GRU, plain; deep, both ways) the hidden units move; projected hidden states stay. Under
+`weight_norm` and `spectral_norm` of `torch.nn.utils.parametrizations` what is stored moves with the units; under other
+parametrizations (`orthogonal`) the axes that they mix stay, with a warning. Experts of a mixture move with the router's
+outputs if they are one stacked tensor, and stay in place if a Python loop picks them; their units move in both.
 
 Written by `python benchmarks/coverage.py --source SOURCE` (see its first lines), each model in a process of its own.
 """  # noqa: E501

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import isthmus
 from isthmus.errors import InputError, ModelError, TraceError
@@ -188,6 +189,15 @@ def test_the_same_model_gives_the_same_bytes():
 def test_a_model_without_inputs_is_refused():
     with refuses(InputError, "no example input"):
         isthmus.trace(built("PlainMLP"))
+
+
+def test_a_model_with_tensors_that_torch_cannot_copy_is_refused():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    with refuses(ModelError, r"0.weight is computed from other tensors before each run, .* \(prune.remove, "):
+        isthmus.trace(net, torch.randn(2, 3))
+    prune.remove(net[0], "weight")
+    assert isthmus.trace(net, torch.randn(2, 3)).free_units == 4
 
 
 def test_a_model_that_cannot_be_captured_is_refused():

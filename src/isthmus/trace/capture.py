@@ -110,7 +110,19 @@ def share_structure(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every tensor with the original, in `eval()` mode.
 
     What modules keep from earlier runs in `eval()`, and forget when they go back to training, is forgotten.
+
+    Raises:
+        ModelError: A module holds a tensor that it computes from its parameters before each run; torch copies no such
+            module.
     """
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                raise ModelError(
+                    f"{path + '.' if path else ''}{name} is computed from other tensors before each run, as by pruning "
+                    "or the older weight_norm: make it permanent (prune.remove, remove_weight_norm), or use "
+                    "torch.nn.utils.parametrizations"
+                )
     tensors = [*model.parameters(), *model.buffers()]
     shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     return shared.train().eval()
