@@ -517,3 +517,15 @@ def test_layers_tell_the_same_apart(left, right, expected):
     units = Units()
     a, b = units.fresh(3), units.fresh(3)
     assert one_to_one(units, on_axis(a, np.array(left)), on_axis(b, np.array(right))) == expected
+
+
+@pytest.mark.parametrize("told_apart", [True, False])
+def test_rows_that_meet_fixed_positions_in_a_pattern_lose_nothing_where_they_remain_at_fixed_ones(told_apart):
+    units = Units()
+    rows = units.fresh(3)[np.array([[1, 0], [2, 1]])]  # one for each distance of two places
+    fixed = units.rigid(2)
+    layers = (rows, fixed.reshape(1, 2), fixed.reshape(2, 1)) if told_apart else (rows, fixed.reshape(1, 2))
+    reduce(units, Value((2, 2), layers), [1])
+    reason = units.reason(int(rows[0, 0]))
+    assert reason is not None
+    assert reason.expected == told_apart

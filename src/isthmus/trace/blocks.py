@@ -24,10 +24,14 @@ def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = F
             continue
         partners = entangled(units, layer, value.layers, gone)
         if partners:
-            # Units that meet fixed positions in a pattern, as rows of a table of relative positions do, are fixed too.
-            fixed = units.is_frozen(layer).all() or all(units.is_frozen(one).all() for one in partners)
+            # Rows of a table of relative positions, for example, meet fixed positions and remain at fixed ones: nothing
+            # is lost. Where they remain at others, such as neighbours on a circle, some of these might move.
+            fixed = {d for one in value.layers if units.is_frozen(one).all() for d in support(one)}
+            left = {d for one in (layer, *partners) for d in support(one)} - gone
+            fixed_partners = units.is_frozen(layer).all() or all(units.is_frozen(one).all() for one in partners)
+            nothing_lost = bool(fixed_partners) and left <= fixed
             for one in (layer, *partners):
-                units.freeze(one, "a reduction over units that meet others in a pattern", expected=bool(fixed))
+                units.freeze(one, "a reduction over units that meet others in a pattern", expected=nothing_lost)
             places = tuple(1 if d in gone else size for d, size in enumerate(layer.shape))
             layers.append(units.rigid(math.prod(places)).reshape(places))
         else:
