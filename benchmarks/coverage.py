@@ -1,6 +1,6 @@
 """Traces and verifies the models of a library, one by one, and writes docs/coverage.md.
 
-    python benchmarks/coverage.py --source torchvision|timm|transformers [--only REGEX] [--json OUT] [--limit 300]
+    python benchmarks/coverage.py --source all|torchvision|timm|transformers [--only REGEX] [--json OUT] [--limit 300]
 
 Each model runs in a process of its own with a time limit. Rows go to OUT (default
 benchmarks/results/coverage-SOURCE.json, where rows of models that did not run now stay), and docs/coverage.md is
@@ -252,7 +252,7 @@ Of recurrent layers (LSTM, GRU, plain; deep, both ways) the hidden units move; p
 parametrizations (`orthogonal`) the axes that they mix stay, with a warning. Experts of a mixture move with the router's
 outputs if they are one stacked tensor, and stay in place if a Python loop picks them; their units move in both.
 
-Written by `python benchmarks/coverage.py --source SOURCE` (see its first lines), each model in a process of its own.
+Written by `python benchmarks/coverage.py --source all` (see its first lines), each model in a process of its own.
 """  # noqa: E501
 
 
@@ -323,7 +323,7 @@ def number(row: Mapping[str, Any], key: str, form: str) -> str:
 def main() -> None:
     """Runs a source, or renders the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", choices=SOURCES)
+    parser.add_argument("--source", choices=("all", *SOURCES))
     parser.add_argument("--only", default="", help="a regular expression; models whose name it finds")
     parser.add_argument("--json", type=Path, help="where rows go")
     parser.add_argument("--limit", type=float, default=300, help="seconds of processor time a model")
@@ -334,11 +334,13 @@ def main() -> None:
     sys.path.insert(0, str(HERE))
     if options.source is None and not options.render:
         parser.error("--source or --render")
-    if not options.render:
-        out = options.json or RESULTS / f"coverage-{options.source}.json"
-        run(options.source, options.only, out, options.trials, options.limit, options.memory)
-        if options.json is not None:
-            return
+    if options.source == "all" and options.json is not None:
+        parser.error("--json takes the rows of one source")
+    for source in () if options.render else SOURCES if options.source == "all" else (options.source,):
+        out = options.json or RESULTS / f"coverage-{source}.json"
+        run(source, options.only, out, options.trials, options.limit, options.memory)
+    if options.json is not None:
+        return
     PAGE.write_text(render(sorted(RESULTS.glob("coverage-*.json"))))
 
 
