@@ -1,6 +1,5 @@
 """From words on the command line to typed options: methods' own options, lists, shapes, recipes."""
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ import typer
 
 from isthmus.errors import InputError
 from isthmus.recipe import Alignment, Data, Member, Recipe
-from isthmus.registry import did_you_mean
+from isthmus.registry import did_you_mean, parse_value
 
 # The commands are in cli.py.
 app = typer.Typer(
@@ -47,14 +46,6 @@ def split_options(tokens: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             paths.append(token)
         index += 1
     return paths, options
-
-
-def parse_value(text: str) -> Any:
-    """JSON, or else the text itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def parse_names(text: str | None) -> list[str] | None:

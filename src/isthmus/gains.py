@@ -55,9 +55,7 @@ def fold_state(state: Mapping[str, Tensor], symmetry: Symmetry) -> dict[str, Ten
             scaled = widened(weight) * along(factor, consumer, weight)
             folded[consumer.weight] = scaled.to(weight.dtype)
         folded[gain.parameter] = torch.full_like(folded[gain.parameter], 1 - gain.offset)
-    for alias, name in symmetry.tied.items():
-        if alias in folded:
-            folded[alias] = folded[name]
+    symmetry.tie(folded)
     return folded
 
 

@@ -1,7 +1,7 @@
 """Gauges: signs, scales and turns that units are free to take, and the ones that are taken for canonical."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -38,19 +38,14 @@ def rescaled(state: Mapping[str, Tensor], symmetry: Symmetry, factors: Factors) 
         for site in symmetry[name].sites:
             own = factor if site.role == "vector" else 1 / factor
             result[site.parameter] = rescale_site(result[site.parameter], site, own)
-    for alias, name in symmetry.tied.items():
-        if alias in result:
-            result[alias] = result[name]
+    symmetry.tie(result)
     return result
 
 
 def rescale_site(tensor: Tensor, site: Site, factor: Float[Tensor, "copies size"]) -> Tensor:
     """The tensor with one factor for each unit of a site."""
-    flat = to_front(tensor, site.dims).to(torch.promote_types(tensor.dtype, torch.float32)).clone()
-    where = torch.from_numpy(site.positions.reshape(-1)).to(tensor.device)
     each = factor.reshape(-1, 1).expand(-1, site.positions.shape[2]).reshape(-1, 1)
-    flat[where] = flat[where] * each.to(flat)
-    return from_front(flat, tensor.shape, site.dims).to(tensor.dtype)
+    return change_rows(tensor, site, lambda rows: rows * each.to(rows))
 
 
 def turned(state: Mapping[str, Tensor], symmetry: Symmetry, turns: Turns) -> dict[str, Tensor]:
@@ -68,18 +63,25 @@ def turned(state: Mapping[str, Tensor], symmetry: Symmetry, turns: Turns) -> dic
             for site in gauge.sites:
                 own = turn if site.role == "vector" else torch.linalg.inv(turn).mT
                 result[site.parameter] = turn_site(result[site.parameter], site, own)
-    for alias, name in symmetry.tied.items():
-        if alias in result:
-            result[alias] = result[name]
+    symmetry.tie(result)
     return result
 
 
 def turn_site(tensor: Tensor, site: Site, turn: Float[Tensor, "copies pairs 2 2"]) -> Tensor:
     """The tensor with every pair of units at a site turned."""
+
+    def act(rows: Tensor) -> Tensor:
+        pairs = rows.reshape(*turn.shape[:2], -1, 2, rows[0].numel())
+        return torch.einsum("cpij,cpmjx->cpmix", turn.to(rows), pairs).reshape(rows.shape)
+
+    return change_rows(tensor, site, act)
+
+
+def change_rows(tensor: Tensor, site: Site, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """The tensor with its rows at a site changed, in at least float32."""
     flat = to_front(tensor, site.dims).to(torch.promote_types(tensor.dtype, torch.float32)).clone()
     where = torch.from_numpy(site.positions.reshape(-1)).to(tensor.device)
-    rows = flat[where].reshape(*turn.shape[:2], -1, 2, flat[0].numel())
-    flat[where] = torch.einsum("cpij,cpmjx->cpmix", turn.to(flat), rows).reshape(flat[where].shape)
+    flat[where] = act(flat[where])
     return from_front(flat, tensor.shape, site.dims).to(tensor.dtype)
 
 

@@ -49,11 +49,16 @@ def configure_text(kind: str, text: str, table: Mapping[str, type[T]]) -> T:
         key, equals, value = item.partition("=")
         if not equals or key in options:
             raise InputError(f"{kind} {text!r}: {item!r} is not a new key=value; write NAME?key=value&other=value")
-        try:
-            options[key.strip().replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:  # documented: what is not JSON is a string
-            options[key.strip().replace("-", "_")] = value
+        options[key.strip().replace("-", "_")] = parse_value(value)
     return configure(kind, name, table, options)
+
+
+def parse_value(text: str) -> Any:
+    """JSON, or else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def spell(configured: Any) -> str:

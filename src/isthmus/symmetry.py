@@ -186,6 +186,12 @@ class Symmetry:
         """The spaces nested directly inside `space`."""
         return tuple(child for child in self.spaces if child.parent == space.name)
 
+    def tie(self, state: dict[str, Any]) -> None:
+        """Gives every second name in a state the tensor of the first name, in place."""
+        for alias, name in self.tied.items():
+            if alias in state:
+                state[alias] = state[name]
+
     @property
     def free_units(self) -> int:
         """Number of units that can move, all copies counted."""

@@ -119,7 +119,7 @@ PRESETS: dict[str, TrainOptions] = {
     "cpu_vgg11": dataclasses.replace(_CPU, learning_rate=0.1, epochs=20),
     "cpu_resnet20": dataclasses.replace(_CPU, learning_rate=0.2, epochs=17),
     # For gpt?width=128 on tinyshakespeare, its learning rate chosen after one epoch on a held-out tenth of the training
-    # text; and for vit?width=96&depth=3&patch=8 on cifar10, set once.
+    # text; and for vit?width=96&depth=3&patch=4 on cifar10, set once.
     "cpu_gpt": TrainOptions(
         "adamw",
         learning_rate=4e-3,

@@ -288,9 +288,7 @@ def move_state(
             else:
                 tensor = move_site(tensor, site, transform)
         moved[name] = tensor
-    for alias, name in symmetry.tied.items():
-        if alias in moved:
-            moved[alias] = moved[name]
+    symmetry.tie(moved)
     return moved
 
 

@@ -229,7 +229,7 @@ def test_a_space_that_meets_itself_is_climbed(seed):
     (root,) = objective.families()
     assert objective.is_coupled(root)
     start: dict[str, Transform] = {root.name: Permutation.identity(root)}
-    transforms, converged = ascend(objective, start, 100, np.random.default_rng(0))
+    transforms, converged = ascend(objective, start, 100, np.random.default_rng(0), improve_family)
     assert converged
     assert objective.value(transforms) > objective.value(start)
     found = isthmus.align([a, b], sym, "orthogonal_matching")

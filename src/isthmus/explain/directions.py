@@ -85,9 +85,7 @@ def match_directions(
             state[weight.name] = weight.restored(blocks, upcast(model.state_dict())[weight.name])
             part_norm += float((factors.values * chosen).square().sum())
             whole_norm += float(factors.values.square().sum())
-        for alias, name in symmetry.tied.items():
-            if alias in state:
-                state[alias] = state[name]
+        symmetry.tie(state)
         filtered.append(state)
         energy.append(part_norm / whole_norm if whole_norm else 0.0)
     if not any(energy):

@@ -18,7 +18,7 @@ from isthmus.match.base import Problem, State, identity_transforms
 from isthmus.match.families import Similarity, as_blocks, assignment_values, family_of, roots_of
 from isthmus.match.many import Pair, all_to_one, check_reference
 from isthmus.match.weight_matching import WeightMatching, best_of_starts
-from isthmus.match.weight_objective import WeightObjective, site_rows
+from isthmus.match.weight_objective import WeightObjective, ascend, site_rows
 from isthmus.symmetry import Group, Space, Symmetry
 from isthmus.transform import (
     Alignment,
@@ -130,7 +130,9 @@ class OrthogonalMatching:
             # Each space's map from activations is the best of its group: without sweeps nothing is left to be done.
             transforms, converged = begin, True
             if self.max_sweeps:
-                transforms, converged = ascend(objective, begin, self.max_sweeps, np.random.default_rng(seed))
+                transforms, converged = ascend(
+                    objective, begin, self.max_sweeps, np.random.default_rng(seed), improve_family
+                )
             starts = {"starts": [objective.value(transforms)], "activations": objective.value(begin)}
             return Pair(transforms, objective.value(transforms), converged=converged, details=starts)
 
@@ -146,7 +148,7 @@ class OrthogonalMatching:
         ends: list[tuple[float, dict[str, Transform], bool]] = []
         for number, begin in enumerate((permutations, forward_start(objective))):
             rng = np.random.default_rng([seed, self.restarts + number])
-            transforms, converged = ascend(objective, begin, self.max_sweeps, rng)
+            transforms, converged = ascend(objective, begin, self.max_sweeps, rng, improve_family)
             ends.append((objective.value(transforms), transforms, converged))
         value, transforms, converged = max(ends, key=lambda end: end[0])
         details: dict[str, Any] = {"permutations": max(values), "starts": [end[0] for end in ends]}
@@ -214,31 +216,6 @@ def met_by(objective: WeightObjective, root: Space) -> set[str]:
         for term in objective.terms[space.name]
         for other, _ in term.others
     }
-
-
-def ascend(
-    objective: WeightObjective, start: Mapping[str, Transform], max_sweeps: int, rng: np.random.Generator
-) -> tuple[dict[str, Transform], bool]:
-    """Coordinate ascent from a start, families in random order; the maps, and whether it ended by itself."""
-    transforms = dict(start)
-    roots = objective.families()
-    for root in roots:
-        objective.moved_by(root)
-    stamps: dict[str, tuple[int, ...]] = {}
-    for _ in range(max_sweeps):
-        improved = False
-        for index in rng.permutation(len(roots)):
-            root = roots[index]
-            stamp = objective.stamp(root)
-            if stamps.get(root.name) == stamp:
-                continue
-            stamps[root.name] = stamp
-            if improve_family(objective, root, transforms):
-                objective.moved_by(root)
-                improved = True
-        if not improved:
-            return transforms, True
-    return transforms, False
 
 
 def improve_family(objective: WeightObjective, root: Space, transforms: dict[str, Transform]) -> bool:

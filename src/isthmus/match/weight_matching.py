@@ -13,7 +13,7 @@ from isthmus.errors import InputError
 from isthmus.match.base import Problem, State, identity_transforms
 from isthmus.match.families import family_of, paired_value, solve_family
 from isthmus.match.many import Pair, all_to_one, check_reference
-from isthmus.match.weight_objective import Spectra, WeightObjective
+from isthmus.match.weight_objective import Spectra, WeightObjective, ascend
 from isthmus.symmetry import Space, Symmetry
 from isthmus.transform import Alignment, Permutation, Transform, compose, move_state
 
@@ -141,25 +141,7 @@ def descend(
     objective: WeightObjective, start: dict[str, Transform], max_sweeps: int, rng: np.random.Generator
 ) -> tuple[dict[str, Transform], bool]:
     """Coordinate descent from a start, families in random order; the permutations, and whether it ended by itself."""
-    transforms = dict(start)
-    roots = objective.families()
-    for root in roots:
-        objective.moved_by(root)
-    stamps: dict[str, tuple[int, ...]] = {}
-    for _ in range(max_sweeps):
-        improved = False
-        for index in rng.permutation(len(roots)):
-            root = roots[index]
-            stamp = objective.stamp(root)
-            if stamps.get(root.name) == stamp:
-                continue
-            stamps[root.name] = stamp
-            if improve_family(objective, root, transforms):
-                objective.moved_by(root)
-                improved = True
-        if not improved:
-            return transforms, True
-    return transforms, False
+    return ascend(objective, start, max_sweeps, rng, improve_family)
 
 
 def improve_family(objective: WeightObjective, root: Space, transforms: dict[str, Transform]) -> bool:

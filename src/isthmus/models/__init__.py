@@ -8,13 +8,14 @@ from torch import nn
 
 from isthmus.errors import ModelError
 from isthmus.models import exported, from_timm, from_torchvision, hugging_face
-from isthmus.models.factory import build, current_folder_importable, did_you_mean, find_factory, parse_arguments
+from isthmus.models.factory import build, current_folder_importable, find_factory, parse_arguments
 from isthmus.models.gpt import GPT
 from isthmus.models.mlp import MLP
 from isthmus.models.resnet import ResNet20
 from isthmus.models.small_cnn import SmallCNN
 from isthmus.models.vgg import VGG
 from isthmus.models.vit import ViT
+from isthmus.registry import did_you_mean
 
 __all__ = [
     "GPT",

@@ -1,13 +1,11 @@
 """From one line of text to a network: arguments, factories, and errors that say what was wrong with the line."""
 
-import difflib
 import importlib
 import inspect
-import json
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 
 from isthmus.errors import ModelError
+from isthmus.registry import did_you_mean, parse_value
 
 
 def parse_arguments(spec: str, query: str) -> dict[str, Any]:
@@ -28,10 +27,7 @@ def parse_arguments(spec: str, query: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not (key.isidentifier() and equals) or key in arguments:
             raise ModelError(f"model {spec!r}: {item!r} is not a new key=value; write NAME?key=value&other=value")
-        try:
-            arguments[key] = json.loads(value)
-        except json.JSONDecodeError:  # documented: what is not JSON is a string
-            arguments[key] = value
+        arguments[key] = parse_value(value)
     return arguments
 
 
@@ -100,12 +96,6 @@ def current_folder_importable() -> Iterator[None]:
             if sys.path[position] == folder:
                 del sys.path[position]
                 break
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns a hint at the nearest known name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def one_line(error: BaseException) -> str:

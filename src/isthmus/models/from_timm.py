@@ -8,8 +8,9 @@ from torch import nn
 
 from isthmus.errors import ModelError
 from isthmus.models.factory import build as build_from
-from isthmus.models.factory import did_you_mean, not_installed, one_line
+from isthmus.models.factory import not_installed, one_line
 from isthmus.models.from_torchvision import import_torchvision
+from isthmus.registry import did_you_mean
 
 
 def build(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -10,7 +10,8 @@ from torch import nn
 
 from isthmus.errors import ModelError
 from isthmus.models.factory import build as build_from
-from isthmus.models.factory import did_you_mean, not_installed, one_line
+from isthmus.models.factory import not_installed, one_line
+from isthmus.registry import did_you_mean
 
 # Beside a torch that it was not compiled for, such as the CPU build of torch beside the wheel that PyPI has, the Python
 # part of torchvision stops at its own import: it registers shapes for two operators of its binary part, which are then

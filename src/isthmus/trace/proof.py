@@ -104,9 +104,8 @@ def verify(
     for _ in range(trials):
         sample = draw(network, symmetry, (inputs, dict(kwargs or {})), rng)
         for transforms in draw_transforms(symmetry, rng, more):
-            error = sample.change(moved_by(transforms, sample.state, symmetry))
+            error, allowed = sample.change_allowed(moved_by(transforms, sample.state, symmetry), tolerance, rng)
             worst = max(worst, error)
-            allowed = tolerance if error <= tolerance else tolerance * max(1.0, sample.sensitivity(rng))
             if not error <= allowed:
                 raise SymmetryError(
                     f"a transform of {culprit(sample, symmetry, transforms, allowed)} changes the outputs by "
@@ -114,9 +113,9 @@ def verify(
                 )
         if symmetry.gauges:
             scaled = rescaled(sample.state, symmetry, random_factors(symmetry, more))
-            error = sample.change(turned(scaled, symmetry, random_turns(symmetry, more)))
+            moved = turned(scaled, symmetry, random_turns(symmetry, more))
+            error, allowed = sample.change_allowed(moved, tolerance, rng)
             worst = max(worst, error)
-            allowed = tolerance if error <= tolerance else tolerance * max(1.0, sample.sensitivity(rng))
             if not error <= allowed:
                 raise SymmetryError(
                     f"factors or turns of units of {', '.join(g.space for g in symmetry.gauges)} change the outputs "

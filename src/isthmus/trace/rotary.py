@@ -25,7 +25,7 @@ from isthmus.trace.execute import Contraction, Tracing, bind, unused_nodes
 from isthmus.trace.labels import Value
 from isthmus.trace.rules import RULES
 from isthmus.trace.rules.pointwise import unchanged
-from isthmus.trace.rules.view import STAND_INS, run
+from isthmus.trace.rules.view import mover, run
 
 # A number that is a sum of more units than this is not followed further.
 MOST_TERMS = 4
@@ -250,16 +250,7 @@ def beside(op: OpOverload, parts: Sequence[Terms], dim: int) -> Terms:
 
 def moved(op: OpOverload, x: Terms, arguments: dict[str, Any]) -> Any:
     """An operation that only moves elements, run on both arrays."""
-    stand_in: Any = STAND_INS.get(str(op.overloadpacket))
-
-    def act(array: Tensor) -> Any:
-        if stand_in is not None:
-            return stand_in(array, list(arguments.values())[1])
-        own = {**arguments, next(iter(arguments)): array}
-        positional = [own[p.name] for p in op._schema.arguments if not p.kwarg_only]
-        named = {p.name: own[p.name] for p in op._schema.arguments if p.kwarg_only and own[p.name] is not None}
-        return op(*positional, **named)
-
+    act = mover(op, arguments)
     units, factors = [act(each) for each in x.units], [act(each) for each in x.factors]
     if isinstance(units[0], Tensor):
         return Terms(torch.stack(units), torch.stack(factors))

@@ -61,9 +61,7 @@ def fresh_weights(network: nn.Module, symmetry: Symmetry, rng: np.random.Generat
             scale = float(old.square().mean().sqrt())
             usable = 1e-8 < scale < 1e3
             state[name] = normal(old.shape, generator) * (scale if usable else 1 / math.sqrt(old[0].numel()))
-    for alias, name in symmetry.tied.items():
-        if name in state:
-            state[alias] = state[name]
+    symmetry.tie(state)
     return state
 
 
@@ -243,6 +241,16 @@ class Sample:
     def change(self, state: Mapping[str, Tensor]) -> float:
         """How much the outputs change under other weights."""
         return change(outputs(self.network, state, self.args, self.named), self.expected)
+
+    def change_allowed(
+        self, state: Mapping[str, Tensor], tolerance: float, rng: np.random.Generator
+    ) -> tuple[float, float]:
+        """How much the outputs change under other weights, and how much rounding explains.
+
+        That is the tolerance, and more only where the network itself magnifies errors, which is measured if need be.
+        """
+        error = self.change(state)
+        return error, tolerance if error <= tolerance else tolerance * max(1.0, self.sensitivity(rng))
 
     def first_order(
         self, moved: Mapping[str, Tensor], names: Mapping[str, Sequence[str]], rng: np.random.Generator

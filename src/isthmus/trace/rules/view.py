@@ -1,5 +1,6 @@
 """Operations that only move, repeat or select elements: they are run, as they are, on the label arrays."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -47,16 +48,7 @@ def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
         return NotImplemented
     rest: Any = map_aggregate(vars(a), lambda item: item.constant if isinstance(item, Value) else item)
 
-    def act(array: Tensor) -> Any:
-        if stand_in is not None:
-            return stand_in(array, rest["size"])
-        arguments = {**rest, next(iter(rest)): array}
-        positional = [arguments[p.name] for p in op._schema.arguments if not p.kwarg_only]
-        named = {
-            p.name: arguments[p.name] for p in op._schema.arguments if p.kwarg_only and arguments[p.name] is not None
-        }
-        return op(*positional, **named)
-
+    act = mover(op, rest)
     results = [act(torch.from_numpy(np.require(layer, requirements="W")).expand(x.shape)) for layer in x.layers]
     shape_only = act(torch.empty(x.shape, device="meta"))
     if isinstance(shape_only, Tensor):
@@ -73,6 +65,21 @@ def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     if x.names is not None:
         freeze_names(tracing.units, x)
     return [relabelled(tracing, x, piece, [r[i] for r in results]) for i, piece in enumerate(shape_only)]
+
+
+def mover(op: Any, arguments: Mapping[str, Any]) -> Callable[[Tensor], Any]:
+    """An operation that only moves elements, to be run on other arrays in place of its first argument."""
+    stand_in = STAND_INS.get(str(op.overloadpacket))
+
+    def act(array: Tensor) -> Any:
+        if stand_in is not None:
+            return stand_in(array, list(arguments.values())[1])
+        own = {**arguments, next(iter(arguments)): array}
+        positional = [own[p.name] for p in op._schema.arguments if not p.kwarg_only]
+        named = {p.name: own[p.name] for p in op._schema.arguments if p.kwarg_only and own[p.name] is not None}
+        return op(*positional, **named)
+
+    return act
 
 
 def relabelled(tracing: Tracing, x: Value, shape_only: Tensor, arrays: list[Tensor]) -> Value:
