@@ -190,6 +190,7 @@ ONE_BY_ONE = [
 @pytest.mark.parametrize("method", ONE_BY_ONE)
 @EVERY_NETWORK
 def test_each_model_is_matched_as_if_it_were_alone(name, method):
+    """To the bit: what is read of two models is summed pair by pair, whatever is read beside it."""
     models, sym, data = case(name, 3)
     if method == "cca":  # the ridge is chosen for all models together
         method = CCA(gamma=0.1)
