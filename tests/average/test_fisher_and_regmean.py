@@ -62,6 +62,18 @@ def test_regmean_is_the_least_squares_answer():
     torch.testing.assert_close(flat @ found.T, flat @ expected.T, rtol=1e-3, atol=1e-3)
 
 
+def test_a_layer_in_which_one_parent_counts_is_that_parents_exactly():
+    models = [trained(CNN, seed) for seed in range(2)]
+    merged = isthmus.merge(
+        models, None, "regmean", coefficients={"head": [0.0, 1.0], "": [0.5, 0.5]}, data=data_of(CNN)
+    )
+    assert torch.equal(merged.head.weight, models[1].head.weight)
+    assert torch.equal(merged.head.bias, models[1].head.bias)
+    assert not any(
+        torch.equal(merged.get_parameter(name), p) for name, p in models[1].named_parameters() if "head" not in name
+    )
+
+
 @pytest.mark.parametrize("name", [MLP, CNN, VGG_BN])
 def test_regmean_does_not_lose_against_the_mean(name):
     models = [trained(name, seed) for seed in range(2)]

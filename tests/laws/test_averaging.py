@@ -25,7 +25,7 @@ def merge(average: str, name: str, models, alignment=None, **options) -> torch.n
 
 
 def assert_close(a: torch.nn.Module, b: torch.nn.Module) -> None:
-    """Equal but for the rounding of float32."""
+    """Equal but for the rounding of float32: averages are computed in float64 and rounded once."""
     for key, tensor in a.state_dict().items():
         torch.testing.assert_close(tensor, b.state_dict()[key], rtol=1e-6, atol=1e-7)
 

@@ -23,7 +23,8 @@ class RegMean:
     """W = (Σ c_m W_m G_m) (Σ c_m G_m)⁻¹ for every linear layer and convolution; all other tensors are plain means.
 
     G_m is the uncentred Gram matrix of what parent m's layer reads, in the common frame, its off-diagonal numbers times
-    `shrink`. A convolution is a linear layer on patches, of which `rows` a layer are drawn.
+    `shrink`. A convolution is a linear layer on patches, of which `rows` a layer are drawn. A layer in which one parent
+    alone counts is that parent's, exactly: W_m G_m G_m⁻¹ is not computed.
 
     Attributes:
         samples: Inputs to use, from the start of the data.
@@ -63,7 +64,11 @@ class RegMean:
         merged = Mean()(aligned)
         alignment = aligned.alignment
         symmetry = symmetry_of(aligned.models[0], alignment.symmetry if alignment else None, None, aligned.data)
-        layers = layers_of(symmetry)
+        layers = [
+            layer for layer in layers_of(symmetry) if sum(c != 0 for c in aligned.weights(layer.contraction.weight)) > 1
+        ]
+        if not layers:
+            return merged
         grams = [
             self._grams(aligned, index, symmetry, layers) for index in progress(range(len(aligned.states)), "regmean")
         ]
