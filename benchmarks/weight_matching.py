@@ -19,9 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import isthmus
-from isthmus.match import WeightMatching
 from isthmus.match.base import identity_transforms
-from isthmus.match.weight_matching import descend
+from isthmus.match.coordinate_ascent import descend
+from isthmus.match.weight_matching import WeightMatching
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.models import load_model, sample_shape
 from oracles import git_rebasin as plain

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import isthmus
 from isthmus.data import load_data
 from isthmus.models import load_model, sample_shape, sample_tokens
-from isthmus.transform import move_state
+from isthmus.symmetry.transform import move_state
 from oracles import git_rebasin as oracle
 
 MLP = "mlp?in_features=64&width=24&depth=3"

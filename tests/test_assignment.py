@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from isthmus.assignment import SMALL, assignment_value, solve_lap, solve_laps
 from isthmus.errors import InputError
+from isthmus.match.assignment import SMALL, assignment_value, solve_lap, solve_laps
 from refusals import refuses
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from isthmus.batches import as_batch, check_data, first_batch, is_labelled, read_batches
+from isthmus.data import check_data, read_batches
+from isthmus.data.batches import as_batch, first_batch, is_labelled
 from isthmus.errors import DataError
 from refusals import refuses
 

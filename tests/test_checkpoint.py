@@ -24,7 +24,6 @@ from torch import nn
 
 import isthmus.checkpoint as checkpoint
 from isthmus.checkpoint import (
-    DTYPES,
     check_state,
     convert_trusted,
     hash_file,
@@ -35,6 +34,7 @@ from isthmus.checkpoint import (
     save_state,
     write_text,
 )
+from isthmus.checkpoint.names import DTYPES
 from isthmus.errors import CheckpointError, InputError, IsthmusError, ModelError
 
 SOURCE = Path(checkpoint.__file__).parents[1]

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from isthmus.checkpoint import hash_file
-from isthmus.cli import main
+from isthmus.cli.commands import main
 from isthmus.models import load_model
-from isthmus.recipe import read_recipe
+from isthmus.runs.recipe import read_recipe
 
 ARCHITECTURE = "zoo:cnn?width=0.5"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import isthmus
-from isthmus.compare import measuring
 from isthmus.errors import DataError, InputError
-from isthmus.match import WeightMatching
-from isthmus.report import draw_comparison
+from isthmus.match.weight_matching import WeightMatching
+from isthmus.measure.compare import measuring
+from isthmus.report.bars import draw_comparison
 from pairs import MLP, VGG_BN, data_of, symmetry, trained
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import isthmus
-from isthmus.connect import Curve, barrier_of, interpolate
 from isthmus.errors import DataError, InputError, ModelError
-from isthmus.score import Ensemble
+from isthmus.measure.connect import Curve, barrier_of, interpolate
+from isthmus.observe.score import Ensemble
 from oracles import git_rebasin as oracle
 from pairs import CNN, MLP, RESNET20, data_of, fresh, lively, symmetry, trained
 from refusals import refuses

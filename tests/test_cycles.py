@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import isthmus
-from isthmus.cycles import CycleError, cycle_error, pairwise_barriers
 from isthmus.errors import DataError, InputError
-from isthmus.match import WeightMatching
 from isthmus.match.base import identity_transforms
-from isthmus.transform import LinearMap, Permutation
+from isthmus.match.weight_matching import WeightMatching
+from isthmus.measure.cycles import CycleError, cycle_error, pairwise_barriers
+from isthmus.symmetry import LinearMap, Permutation
 from pairs import CNN, MLP, data_of, lively, planted, symmetry, trained
 from refusals import refuses
 from zoo import ZOO as STRUCTURES

@@ -10,17 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.data import (
-    CLASSES,
-    KEYS,
-    NAMES,
-    STATISTICS,
-    Batches,
-    DataSet,
-    load_data,
-    split_for_models,
-    stratified_order,
-)
+from isthmus.data import Batches, DataSet, load_data, split_for_models
+from isthmus.data.load import CLASSES, NAMES, STATISTICS
+from isthmus.data.sets import KEYS, stratified_order
 from isthmus.errors import DataError, InputError
 
 

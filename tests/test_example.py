@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from isthmus.arguments import parse_shape
-from isthmus.cli import main
+from isthmus.cli.arguments import parse_shape
+from isthmus.cli.commands import main
 from isthmus.errors import InputError
-from isthmus.example import InputShape, example_input, parse_input, sample_shapes
-from isthmus.recipe import Member, Recipe
+from isthmus.runs.example import InputShape, example_input, parse_input, sample_shapes
+from isthmus.runs.recipe import Member, Recipe
 from refusals import refuses
 
 

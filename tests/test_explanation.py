@@ -16,10 +16,11 @@ import isthmus
 from isthmus.checkpoint import load_module
 from isthmus.data import load_data
 from isthmus.errors import CheckpointError, DataError, InputError, IsthmusError
-from isthmus.explanation import Wishes, explain_run, with_biases
 from isthmus.models import load_model
-from isthmus.pipeline import run_merge
-from isthmus.recipe import Alignment, Data, Member, Recipe
+from isthmus.runs.load_run import with_biases
+from isthmus.runs.recipe import Alignment, Data, Member, Recipe
+from isthmus.runs.run_explain import Wishes, explain_run
+from isthmus.runs.run_merge import run_merge
 from pairs import stir
 from refusals import refuses
 

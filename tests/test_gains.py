@@ -10,11 +10,11 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import ModelError, SymmetryError, TransformError
-from isthmus.gains import fold_state, foldable
-from isthmus.groups import belongs, complement_of_ones, keeps_function, nearest_element, random_element
-from isthmus.symmetry import Group, Space, Symmetry
-from isthmus.trace.sample import outputs
-from isthmus.transform import LinearMap, Permutation, compose, invert, move_state
+from isthmus.symmetry import Group, LinearMap, Permutation, Space, Symmetry, keeps_function
+from isthmus.symmetry.gains import fold_state, foldable
+from isthmus.symmetry.groups import belongs, complement_of_ones, nearest_element, random_element
+from isthmus.symmetry.transform import compose, invert, move_state
+from isthmus.tracing.random_network import outputs
 from pairs import VGG_BN, lively, symmetry
 from prenorm import CENTRED, CONFIGS, REFUSED, Config, Transformer, symmetry_of, tokens, transformer
 from refusals import refuses

@@ -11,9 +11,9 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import SymmetryError
-from isthmus.gauges import balancing_factors, random_factors, rescaled
 from isthmus.symmetry import Gauge, Symmetry
-from isthmus.trace.sample import fresh_inputs, outputs
+from isthmus.symmetry.gauges import balancing_factors, random_factors, rescaled
+from isthmus.tracing.random_network import fresh_inputs, outputs
 from pairs import MLP, VGG_BN, fresh, inputs_of, stir, symmetry
 from refusals import refuses
 from zoo import ZOO, built, double, traced

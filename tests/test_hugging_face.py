@@ -9,13 +9,13 @@ import torch
 import isthmus
 from hugging_face import FAMILIES, READS, REASON, model_of, read, write
 from isthmus.checkpoint import load_module, load_state, load_weights, save_state
-from isthmus.cli import main
-from isthmus.companions import save_hugging_face
+from isthmus.cli.commands import main
 from isthmus.errors import ModelError
-from isthmus.example import example_input
-from isthmus.inputs import load_inputs
 from isthmus.models import load_model
-from isthmus.recipe import Member, Recipe
+from isthmus.runs.example import example_input
+from isthmus.runs.folder import save_hugging_face
+from isthmus.runs.inputs import load_inputs
+from isthmus.runs.recipe import Member, Recipe
 from refusals import refuses
 
 pytest.importorskip("transformers", reason=REASON)

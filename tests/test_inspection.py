@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from isthmus.cli import main
+from isthmus import trace, verify
+from isthmus.cli.commands import main
+from isthmus.cli.trees import freeze_warnings, frozen_tree, space_tree, spoken_gauges
 from isthmus.errors import ModelError
-from isthmus.facts import describe_symmetry
-from isthmus.inspection import freeze_warnings, frozen_tree, space_tree, spoken_gauges
 from isthmus.models.structure import parameters_on_meta
-from isthmus.pipeline import build_example, inspect_model
+from isthmus.runs.facts import describe_symmetry
+from isthmus.runs.run_inspect import build_example, inspect_model
 from isthmus.symmetry import Frozen, Symmetry
-from isthmus.trace import trace, verify
 from refusals import refuses
 
 NET = """

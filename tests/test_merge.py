@@ -9,7 +9,7 @@ from torch import nn
 
 import isthmus
 from isthmus import Alignment, LinearMap, Permutation
-from isthmus.average import Mean
+from isthmus.average.mean import Mean
 from isthmus.errors import DataError, InputError, ModelError, TransformError
 from pairs import CNN, MLP, VGG_BN, data_of, fresh, inputs_of, lively, planted, symmetry
 from refusals import refuses

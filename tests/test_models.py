@@ -6,7 +6,13 @@ import torch
 from torch import nn
 
 from isthmus.errors import ModelError
-from isthmus.models import GPT, MLP, VGG, ZOO, ResNet20, SmallCNN, ViT, load_model, sample_shape, sample_tokens, window
+from isthmus.models import ZOO, load_model, sample_shape, sample_tokens, window
+from isthmus.models.gpt import GPT
+from isthmus.models.mlp import MLP
+from isthmus.models.resnet import ResNet20
+from isthmus.models.small_cnn import SmallCNN
+from isthmus.models.vgg import VGG
+from isthmus.models.vit import ViT
 
 # Every structure the zoo can build, as small as it goes.
 SPECS = [

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import isthmus
-from isthmus.batches import as_batch
+from isthmus.data.batches import as_batch
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
-from isthmus.moments import CHUNK, Accumulator, SpaceMoments, collect_joint, require_samples
-from isthmus.trace.reader import Reader
+from isthmus.graph.reader import Reader
+from isthmus.observe.collect import collect_joint
+from isthmus.observe.moments import CHUNK, Accumulator, SpaceMoments, require_samples
 from oracles import git_rebasin as oracle
 from pairs import MLP, NETWORKS, TRAINED, VGG_BN, data_of, fresh, inputs_of, lively, seen_by_hooks, symmetry, trained
 from refusals import refuses

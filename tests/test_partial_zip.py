@@ -10,11 +10,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import isthmus
-from isthmus.batches import Batch
+from isthmus.data import Batch
 from isthmus.errors import DataError, InputError, SymmetryError, TraceError
-from isthmus.match import ZipIt
-from isthmus.match.zipit import correlations
-from isthmus.partial_zip import PartialZip
+from isthmus.match.zipit import ZipIt, correlations
+from isthmus.partial_merging.module import PartialZip
 from oracles import zipit as oracle
 from pairs import CNN, MLP, VGG_BN, data_of, inputs_of, lively, planted, stir, symmetry, trained
 from refusals import refuses

@@ -9,10 +9,12 @@ from torch import nn
 
 from isthmus.data import load_data
 from isthmus.errors import CheckpointError, DataError, InputError
-from isthmus.example import example_input
 from isthmus.models import load_model
-from isthmus.pipeline import run_align, run_connect, run_merge
-from isthmus.recipe import Alignment, Data, Member, Recipe, read_recipe
+from isthmus.runs.example import example_input
+from isthmus.runs.recipe import Alignment, Data, Member, Recipe, read_recipe
+from isthmus.runs.run_align import run_align
+from isthmus.runs.run_connect import run_connect
+from isthmus.runs.run_merge import run_merge
 
 ARCHITECTURE = "zoo:cnn?width=0.5"
 
@@ -89,7 +91,7 @@ def test_nothing_is_written_when_the_last_step_fails(tmp_path, monkeypatch):
     def full_disk(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("isthmus.pipeline.write_report", full_disk)
+    monkeypatch.setattr("isthmus.runs.folder.write_report", full_disk)
     with pytest.raises((OSError, CheckpointError), match="No space left"):
         run_merge(recipe, tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]

@@ -8,7 +8,7 @@ from torch import nn
 import isthmus
 from isthmus import Alignment, LinearMap
 from isthmus.errors import DataError, InputError, ModelError, TransformError
-from isthmus.running_statistics import reset_statistics
+from isthmus.observe.running_statistics import reset_statistics
 from oracles import git_rebasin as oracle
 from pairs import CNN, MLP, RESNET20, VGG_BN, data_of, fresh, inputs_of, lively, planted, symmetry, trained
 from refusals import refuses

@@ -20,9 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.errors import CheckpointError, InputError
-from isthmus.report import draw_curve, figures, write_report
+from isthmus.report import figures
 from isthmus.report.colours import DARK, LIGHT
+from isthmus.report.curves import draw_curve
 from isthmus.report.gallery import DATA_URI
+from isthmus.report.page import write_report
 from isthmus.report.sections import SECTIONS
 
 LAMBDAS = [0.0, 0.25, 0.5, 0.75, 1.0]

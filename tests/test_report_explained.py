@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 
 from isthmus.errors import CheckpointError
-from isthmus.report import chart, write_report
+from isthmus.report import chart
 from isthmus.report.colours import DARK, LIGHT
 from isthmus.report.gallery import DATA_URI, show
 from isthmus.report.heatmap import BETWEEN, EDGE, ROOM, SCALE, cells_for, draw_heatmap, shorten
+from isthmus.report.page import write_report
 from test_report import CHROMIUM, HOSTILE, REPORT, check, contrast, poisoned
 
 EXPLAINED = ["claims", "layers", "directions", "alike", "units"]

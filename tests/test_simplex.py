@@ -14,7 +14,15 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import DataError, InputError, ModelError
-from isthmus.simplex import Plane, Simplex, barycentric, face_centres, grid_lines, plane_coordinates, triangle_grid
+from isthmus.measure.simplex import (
+    Plane,
+    Simplex,
+    barycentric,
+    face_centres,
+    grid_lines,
+    plane_coordinates,
+    triangle_grid,
+)
 from oracles import git_rebasin as oracle
 from pairs import CNN, MLP, data_of, fresh, lively, trained
 from refusals import refuses

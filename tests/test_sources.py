@@ -11,11 +11,11 @@ from torch import nn
 
 import isthmus
 from isthmus.checkpoint import load_state, save_state
-from isthmus.cli import main
+from isthmus.cli.commands import main
 from isthmus.data import load_data
 from isthmus.errors import DataError, ModelError
-from isthmus.example import example_input
 from isthmus.models import absolute_spec, load_model, parse_spec
+from isthmus.runs.example import example_input
 from refusals import refuses
 
 NEEDS_VISION = "timm and torchvision are not in the extra `dev`, since they would replace torch by another build"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from isthmus.errors import SymmetryError
-from isthmus.symmetry import Frozen, Group, Site, Space, Symmetry, decode_positions, encode_positions
+from isthmus.symmetry import Frozen, Group, Site, Space, Symmetry
+from isthmus.symmetry.encoding import decode_positions, encode_positions
 from refusals import refuses
 from zoo import ZOO, traced
 

@@ -8,8 +8,11 @@ from torch import nn
 
 from isthmus.data import DataSet, load_data
 from isthmus.errors import CheckpointError, DataError, InputError
-from isthmus.models import MLP, SmallCNN, load_model
-from isthmus.train import PRESETS, Epoch, TrainOptions, _Run, flip_and_crop, learning_rate, train
+from isthmus.models import load_model
+from isthmus.models.mlp import MLP
+from isthmus.models.small_cnn import SmallCNN
+from isthmus.training.presets import PRESETS, TrainOptions
+from isthmus.training.trainer import Epoch, _Run, flip_and_crop, learning_rate, train
 
 QUICK = TrainOptions("adam", learning_rate=3e-3, epochs=3, batch_size=32, schedule="linear", warmup=1.0)
 MODEL = "mlp?in_features=64&width=16&depth=2"

@@ -12,9 +12,9 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import InputError, ModelError, TransformError
-from isthmus.symmetry import Group, Site, Space, Symmetry
-from isthmus.trace.proof import stirred
-from isthmus.transform import Alignment, LinearMap, Permutation, as_matrix, compose, invert, move_state
+from isthmus.symmetry import Alignment, Group, LinearMap, Permutation, Site, Space, Symmetry
+from isthmus.symmetry.transform import as_matrix, compose, invert, move_state
+from isthmus.tracing.proof import stirred
 from refusals import refuses
 from zoo import ZOO, built, traced
 

@@ -15,22 +15,27 @@ from safetensors.torch import save_file
 from torch import nn
 
 import isthmus
-from isthmus.average import AVERAGES, Fisher
+from isthmus.average import AVERAGES
+from isthmus.average.fisher import Fisher
 from isthmus.average.regmean import RegMean
-from isthmus.batches import as_batch
-from isthmus.cli import main
-from isthmus.connect import connect
+from isthmus.cli.commands import main
 from isthmus.data import load_data
+from isthmus.data.batches import as_batch
 from isthmus.explain.gallery import draw_matches
 from isthmus.explain.similarity import cka_matrix
 from isthmus.explain.spectrum import measure_spectra
 from isthmus.explain.taylor import taylor_barrier
 from isthmus.explain.units import measure_units
-from isthmus.groups import random_element
-from isthmus.layers import layers_of
-from isthmus.match import METHODS, Learned, OrthogonalMatching, Sinkhorn, StraightThrough
+from isthmus.match import METHODS
+from isthmus.match.learned import Learned
+from isthmus.match.orthogonal_matching import OrthogonalMatching
+from isthmus.match.sinkhorn import Sinkhorn
+from isthmus.match.straight_through import StraightThrough
+from isthmus.measure.connect import connect
 from isthmus.models import load_model, sample_tokens
+from isthmus.observe.layers import layers_of
 from isthmus.symmetry import Group
+from isthmus.symmetry.groups import random_element
 from pairs import inputs_of, lively
 
 GPT = "gpt?width=8&depth=1&heads=2&vocabulary=7&block=6"

@@ -1,9 +1,6 @@
 """Joins independently trained networks into one: trace, align, merge, repair, connect, explain."""
 
-from isthmus import average, match
-from isthmus.compare import Comparison, Row, compare
-from isthmus.connect import Curve, connect
-from isthmus.cycles import CycleError, cycle_error, pairwise_barriers
+from isthmus import average, explain, match
 from isthmus.errors import (
     CheckpointError,
     DataError,
@@ -14,19 +11,36 @@ from isthmus.errors import (
     TraceError,
     TransformError,
 )
-from isthmus.fold import fold_batch_norms, fold_norm_gains
-from isthmus.gauges import canonicalise
-from isthmus.groups import keeps_function
 from isthmus.match import align
-from isthmus.merge import merge
-from isthmus.moments import Moments, collect
-from isthmus.partial_zip import PartialZip, partial_zip
-from isthmus.repair import repair
-from isthmus.score import Score, evaluate
-from isthmus.simplex import Plane, Simplex, walk_plane, walk_simplex
-from isthmus.symmetry import Frozen, Gain, Gauge, Group, Site, Space, Symmetry
-from isthmus.trace import Proof, trace, verify
-from isthmus.transform import Alignment, LinearMap, Permutation, apply
+from isthmus.measure.compare import Comparison, Row, compare
+from isthmus.measure.connect import Curve, connect
+from isthmus.measure.cycles import CycleError, cycle_error, pairwise_barriers
+from isthmus.measure.simplex import Plane, Simplex, walk_plane, walk_simplex
+from isthmus.merging.fold import fold_batch_norms, fold_norm_gains
+from isthmus.merging.merge import merge
+from isthmus.merging.repair import repair
+from isthmus.observe.collect import collect
+from isthmus.observe.moments import Moments
+from isthmus.observe.score import Score, evaluate
+from isthmus.partial_merging.module import PartialZip
+from isthmus.partial_merging.zip import partial_zip
+from isthmus.symmetry import (
+    Alignment,
+    Frozen,
+    Gain,
+    Gauge,
+    Group,
+    LinearMap,
+    Permutation,
+    Site,
+    Space,
+    Symmetry,
+    apply,
+    canonicalise,
+    keeps_function,
+)
+from isthmus.tracing.proof import Proof, verify
+from isthmus.tracing.trace import trace
 
 __all__ = [
     "Alignment",
@@ -66,6 +80,7 @@ __all__ = [
     "connect",
     "cycle_error",
     "evaluate",
+    "explain",
     "fold_batch_norms",
     "fold_norm_gains",
     "keeps_function",

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import isthmus
-from isthmus.average import Fisher, RegMean
 from isthmus.average.coefficients import Coefficients
+from isthmus.average.fisher import Fisher
+from isthmus.average.regmean import RegMean
 from isthmus.errors import InputError
-from isthmus.match import CCA
+from isthmus.match.cca import CCA
 from pairs import CNN, MLP, VGG_BN, data_of, symmetry, trained
 
 

@@ -7,9 +7,9 @@ import torch
 
 import isthmus
 from isthmus.average.greedy_soup import GreedySoup
-from isthmus.batches import split_batches
+from isthmus.data.batches import split_batches
 from isthmus.errors import DataError, InputError
-from isthmus.running_statistics import normalisation_layers, reset_statistics
+from isthmus.observe.running_statistics import normalisation_layers, reset_statistics
 from pairs import MLP, VGG_BN, data_of, planted, stir, symmetry, trained
 from refusals import refuses
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import isthmus
-from isthmus.average import PLeaS
+from isthmus.average.pleas import PLeaS
 from isthmus.errors import DataError, InputError
-from isthmus.layers import folded, layers_of
-from isthmus.transform import move_state
+from isthmus.observe.layers import folded, layers_of
+from isthmus.symmetry.transform import move_state
 from pairs import CNN, MLP, RESNET20, VGG_BN, data_of, fresh, lively, symmetry, trained
 
 

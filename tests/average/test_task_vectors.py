@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import isthmus
-from isthmus.average import Dare, Slerp, TaskArithmetic, Ties
-from isthmus.average.slerp import along_arc
+from isthmus.average.dare import Dare
+from isthmus.average.slerp import Slerp, along_arc
+from isthmus.average.task_arithmetic import TaskArithmetic
+from isthmus.average.ties import Ties
 from isthmus.errors import InputError
 from pairs import MLP, lively
 

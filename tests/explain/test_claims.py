@@ -15,7 +15,7 @@ from isthmus.explain.claims import FAILS, HOLDS, PARTLY, judge_claims, split_gai
 from isthmus.explain.spectrum import LayerSpectrum, Overlap, Spectra, measure_spectra
 from isthmus.explain.taylor import TaylorBarrier, taylor_barrier
 from isthmus.match.base import identity_transforms
-from isthmus.transform import Alignment
+from isthmus.symmetry import Alignment
 from pairs import MLP, data_of, symmetry, trained
 
 VALUES = (10.0, 5.0, 2.0, 1.0)

@@ -33,8 +33,8 @@ from isthmus.explain.gallery import (
     takes_images,
 )
 from isthmus.explain.units import MERGED, NAIVE, measure_units
-from isthmus.moments import SpaceMoments
-from isthmus.transform import Alignment
+from isthmus.observe.moments import SpaceMoments
+from isthmus.symmetry import Alignment
 from pairs import MLP, data_of, planted, symmetry
 from refusals import refuses
 

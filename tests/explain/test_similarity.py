@@ -26,7 +26,8 @@ from isthmus.explain.similarity import (
     u_centred,
     unit_correlations,
 )
-from isthmus.transform import Alignment, invert
+from isthmus.symmetry import Alignment
+from isthmus.symmetry.transform import invert
 from pairs import CNN, MLP, VGG_BN, data_of, planted, symmetry, trained
 from refusals import refuses
 from zoo import built, traced

@@ -19,10 +19,10 @@ from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.explain.directions import EqualDistance, Intervention, MatchedPart, intervene, match_directions
 from isthmus.explain.spectrum import Spectra, factorise, measure_spectra, pairing, summed, weights_of
 from isthmus.explain.taylor import taylor_barrier
-from isthmus.match import WeightMatching
 from isthmus.match.base import identity_transforms
-from isthmus.symmetry import Site, Space
-from isthmus.transform import Alignment, Permutation, invert, move_state
+from isthmus.match.weight_matching import WeightMatching
+from isthmus.symmetry import Alignment, Permutation, Site, Space
+from isthmus.symmetry.transform import invert, move_state
 from pairs import CNN, MLP, VGG_BN, data_of, fresh, lively, planted, symmetry, trained
 from refusals import refuses
 from zoo import built, traced

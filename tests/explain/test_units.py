@@ -10,16 +10,8 @@ from scipy.stats import pearsonr
 import isthmus
 from isthmus.errors import DataError, InputError
 from isthmus.explain.features import respond
-from isthmus.explain.units import (
-    LOST,
-    SHARED,
-    Move,
-    derangement,
-    label,
-    measure_units,
-    overlap,
-    respond_everywhere,
-)
+from isthmus.explain.moves import Move
+from isthmus.explain.units import LOST, SHARED, derangement, label, measure_units, overlap, respond_everywhere
 from pairs import CNN, MLP, VGG_BN, data_of, inputs_of, lively, planted, symmetry, trained
 from refusals import refuses
 

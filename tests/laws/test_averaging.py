@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import isthmus
-from isthmus.average import AVERAGES, Average, Dare, Ties
+from isthmus.average import AVERAGES
+from isthmus.average.base import Average
+from isthmus.average.dare import Dare
+from isthmus.average.ties import Ties
 from pairs import CNN, MLP, data_of, lively, symmetry
 
 EVERY_AVERAGE = pytest.mark.parametrize("average", AVERAGES)

@@ -12,8 +12,13 @@ import torch
 from torch import nn
 
 import isthmus
-from isthmus.match import CCA, METHODS, Learned, Sinkhorn, StraightThrough
-from isthmus.transform import Permutation, compose
+from isthmus.match import METHODS
+from isthmus.match.cca import CCA
+from isthmus.match.learned import Learned
+from isthmus.match.sinkhorn import Sinkhorn
+from isthmus.match.straight_through import StraightThrough
+from isthmus.symmetry import Permutation
+from isthmus.symmetry.transform import compose
 from pairs import CNN, MLP, data_of, inputs_of, lively, stir, symmetry, trained
 from zoo import ZOO as STRUCTURES
 

@@ -4,7 +4,7 @@ import torch
 
 import isthmus
 from isthmus.errors import InputError, SymmetryError
-from isthmus.match import ActivationMatching
+from isthmus.match.activation_matching import ActivationMatching
 from oracles import git_rebasin as oracle
 from pairs import MLP, NETWORKS, TRAINED, data_of, inputs_of, lively, planted, seen_by_hooks, stir, symmetry, trained
 from refusals import refuses

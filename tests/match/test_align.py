@@ -8,7 +8,9 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
-from isthmus.match import METHODS, Match, WeightMatching
+from isthmus.match import METHODS
+from isthmus.match.base import Match
+from isthmus.match.weight_matching import WeightMatching
 from isthmus.registry import configure
 from pairs import MLP, VGG_BN, data_of, fresh, lively, symmetry
 from refusals import refuses

@@ -3,9 +3,10 @@
 import pytest
 
 import isthmus
-from isthmus.batches import split_batches
+from isthmus.data.batches import split_batches
 from isthmus.errors import DataError, InputError
-from isthmus.match import METHODS, Auto
+from isthmus.match import METHODS
+from isthmus.match.auto import Auto
 from pairs import MLP, VGG_BN, data_of, symmetry, trained
 
 

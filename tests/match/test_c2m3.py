@@ -11,13 +11,14 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import InputError
-from isthmus.match import C2M3, WeightMatching
 from isthmus.match.base import Problem, identity_transforms
-from isthmus.match.c2m3 import GAP, frank_wolfe, highest, starting_points
-from isthmus.match.families import family_of
+from isthmus.match.c2m3 import C2M3, GAP, frank_wolfe, highest, starting_points
+from isthmus.match.coordinate_ascent import random_start
+from isthmus.match.nested import family_of
 from isthmus.match.relaxed_objective import RelaxedObjective, mix
-from isthmus.match.weight_matching import random_start
-from isthmus.transform import Permutation, compose, invert
+from isthmus.match.weight_matching import WeightMatching
+from isthmus.symmetry import Permutation
+from isthmus.symmetry.transform import compose, invert
 from oracles import c2m3 as oracle
 from oracles import git_rebasin
 from pairs import CNN, MLP, RESNET20, TRAINED, VGG_BN, data_of, lively, planted, spec_of, stir, symmetry, trained

@@ -6,10 +6,9 @@ import torch
 
 import isthmus
 from isthmus.errors import DataError, InputError
-from isthmus.match import CCA, Procrustes
-from isthmus.match.cca import GRID, canonical_map
-from isthmus.match.procrustes import rotation
-from isthmus.transform import LinearMap
+from isthmus.match.cca import CCA, GRID, canonical_map
+from isthmus.match.procrustes import Procrustes, rotation
+from isthmus.symmetry import LinearMap
 from oracles.cca import canonical_map as naive
 from pairs import MLP, RESNET20, VGG_BN, data_of, symmetry, trained
 

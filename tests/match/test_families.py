@@ -3,9 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from isthmus.match.families import family_of, paired_value, roots_of, solve_family
-from isthmus.symmetry import Group, Space, Symmetry
-from isthmus.transform import Permutation
+from isthmus.match.nested import family_of, paired_value, roots_of, solve_family
+from isthmus.symmetry import Group, Permutation, Space, Symmetry
 
 
 def nested(*shapes: tuple[str, int, int, str | None]) -> Symmetry:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import isthmus
-from isthmus.batches import Batch
+from isthmus.data import Batch
 from isthmus.errors import DataError, InputError, ModelError
-from isthmus.match import StraightThrough
 from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.coordinate_ascent import random_start
 from isthmus.match.gradient_search import (
     TaskLoss,
     alike,
@@ -29,8 +29,9 @@ from isthmus.match.gradient_search import (
     search,
     working_states,
 )
-from isthmus.match.weight_matching import random_start
-from isthmus.transform import Permutation, as_matrix, move_state
+from isthmus.match.straight_through import StraightThrough
+from isthmus.symmetry import Permutation
+from isthmus.symmetry.transform import as_matrix, move_state
 from oracles import straight_through as oracle
 from pairs import CNN, MLP, VGG_BN, data_of, lively, stir, symmetry
 from refusals import refuses

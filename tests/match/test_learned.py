@@ -11,13 +11,13 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import DataError, InputError
-from isthmus.match import Learned
 from isthmus.match.base import Problem
+from isthmus.match.coordinate_ascent import random_start
 from isthmus.match.gradient_search import TaskLoss
-from isthmus.match.learned import LAMBDAS, Latents, similarity_around
-from isthmus.match.weight_matching import random_start
+from isthmus.match.learned import LAMBDAS, Latents, Learned, similarity_around
 from isthmus.match.weight_objective import WeightObjective
-from isthmus.transform import LinearMap, Permutation, as_matrix, invert
+from isthmus.symmetry import LinearMap, Permutation
+from isthmus.symmetry.transform import as_matrix, invert
 from oracles import learned as oracle
 from oracles.straight_through import as_sample, layers_of, loss_by_batch
 from pairs import CNN, MLP, VGG_BN, data_of, lively, planted, stir, symmetry, trained

@@ -5,9 +5,9 @@ import pytest
 
 import isthmus
 from isthmus.errors import InputError
-from isthmus.match import MuDSC
-from isthmus.match.mudsc import standardised
-from isthmus.transform import Permutation, move_state
+from isthmus.match.mudsc import MuDSC, standardised
+from isthmus.symmetry import Permutation
+from isthmus.symmetry.transform import move_state
 from pairs import MLP, RESNET20, VGG_BN, data_of, fresh, symmetry, trained
 
 

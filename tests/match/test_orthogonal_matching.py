@@ -7,23 +7,22 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import DataError, InputError
-from isthmus.gains import fold_state
-from isthmus.groups import keeps_function, random_element
-from isthmus.match.families import family_of
-from isthmus.match.families import solve_family as solve_by_permutations
+from isthmus.match.coordinate_ascent import ascend, random_start
+from isthmus.match.nested import family_of
+from isthmus.match.nested import solve_family as solve_by_permutations
 from isthmus.match.orthogonal_matching import (
     OrthogonalMatching,
-    ascend,
     balancing,
     family_value,
     gains_of,
     improve_family,
     solve_family,
 )
-from isthmus.match.weight_matching import random_start
 from isthmus.match.weight_objective import WeightObjective
-from isthmus.symmetry import Group
-from isthmus.transform import LinearMap, Permutation, Transform, move_state
+from isthmus.symmetry import Group, LinearMap, Permutation, keeps_function
+from isthmus.symmetry.gains import fold_state
+from isthmus.symmetry.groups import random_element
+from isthmus.symmetry.transform import Transform, move_state
 from pairs import CNN, MLP, inputs_of, lively, symmetry
 from prenorm import CONFIGS, symmetry_of, tokens, transformer
 from refusals import refuses

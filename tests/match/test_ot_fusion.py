@@ -11,11 +11,11 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError, TransformError
-from isthmus.match import METHODS, OTFusion
-from isthmus.match.ot_fusion import entropic_plan, exact_plan, transform_of
+from isthmus.match import METHODS
+from isthmus.match.ot_fusion import OTFusion, entropic_plan, exact_plan, transform_of
 from isthmus.models import load_model
-from isthmus.symmetry import check_counterpart
-from isthmus.transform import Alignment, LinearMap, Permutation
+from isthmus.symmetry import Alignment, LinearMap, Permutation
+from isthmus.symmetry.symmetry import check_counterpart
 from oracles import ot_fusion as oracle
 from pairs import CNN, MLP, NETWORKS, RESNET20, VGG_BN, data_of, inputs_of, lively, planted, stir, symmetry, trained
 from refusals import refuses

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import isthmus
-from isthmus.assignment import assignment_value, solve_lap
-from isthmus.batches import Batch
+from isthmus.data import Batch
 from isthmus.errors import DataError, InputError
-from isthmus.match import Sinkhorn
+from isthmus.match.assignment import assignment_value, solve_lap
 from isthmus.match.base import Problem
 from isthmus.match.gradient_search import TaskLoss, combine, move_softly
-from isthmus.match.sinkhorn import LAMBDAS, doubly_stochastic, rounded, squared_distance
-from isthmus.transform import invert
+from isthmus.match.sinkhorn import LAMBDAS, Sinkhorn, doubly_stochastic, rounded, squared_distance
+from isthmus.symmetry.transform import invert
 from oracles import sinkhorn as oracle
 from oracles.straight_through import as_sample, layers_of, loss_by_batch
 from pairs import CNN, MLP, VGG_BN, data_of, lively, planted, stir, symmetry, trained

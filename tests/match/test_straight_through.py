@@ -9,12 +9,13 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import DataError, InputError
-from isthmus.match import StraightThrough, WeightMatching
 from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.coordinate_ascent import random_start
 from isthmus.match.gradient_search import TaskLoss
-from isthmus.match.straight_through import Walk
-from isthmus.match.weight_matching import random_start
-from isthmus.transform import Permutation, invert
+from isthmus.match.straight_through import StraightThrough, Walk
+from isthmus.match.weight_matching import WeightMatching
+from isthmus.symmetry import Permutation
+from isthmus.symmetry.transform import invert
 from oracles import straight_through as oracle
 from pairs import CNN, MLP, VGG_BN, data_of, lively, planted, stir, symmetry, trained
 from refusals import refuses

@@ -6,9 +6,8 @@ import torch
 
 import isthmus
 from isthmus.errors import InputError, TransformError
-from isthmus.match import SubsetSelection
-from isthmus.match.subset_selection import greedy_subset, select_units
-from isthmus.transform import LinearMap
+from isthmus.match.subset_selection import SubsetSelection, greedy_subset, select_units
+from isthmus.symmetry import LinearMap
 from pairs import MLP, VGG_BN, data_of, symmetry, trained
 
 

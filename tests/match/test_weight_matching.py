@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 import isthmus
 from isthmus import Permutation
 from isthmus.errors import DataError, InputError
-from isthmus.match import WeightMatching
-from isthmus.match.families import family_of, paired_value
-from isthmus.match.weight_matching import forward_start, random_start
+from isthmus.match.coordinate_ascent import forward_start, random_start
+from isthmus.match.nested import family_of, paired_value
+from isthmus.match.weight_matching import WeightMatching
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.models import ZOO
-from isthmus.transform import compose, move_state
+from isthmus.symmetry.transform import compose, move_state
 from oracles import git_rebasin as oracle
 from pairs import MLP, NETWORKS, RESNET20, TRAINED, VGG_BN, data_of, lively, planted, spec_of, stir, symmetry, trained
 from refusals import refuses

@@ -8,10 +8,9 @@ import torch
 
 import isthmus
 from isthmus.errors import InputError
-from isthmus.match import ZipIt
-from isthmus.match.zipit import correlations, slots_of, zip_units, zippable
-from isthmus.moments import SpaceMoments
-from isthmus.transform import LinearMap, Permutation
+from isthmus.match.zipit import ZipIt, correlations, slots_of, zip_units, zippable
+from isthmus.observe.moments import SpaceMoments
+from isthmus.symmetry import LinearMap, Permutation
 from oracles import zipit as oracle
 from pairs import MLP, NETWORKS, RESNET20, VGG_BN, data_of, inputs_of, lively, planted, stir, symmetry, trained
 from refusals import refuses

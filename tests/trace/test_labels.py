@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.trace.blocks import pin, reduce
-from isthmus.trace.labels import (
+from isthmus.tracing.blocks import pin, reduce
+from isthmus.tracing.labels import (
     Value,
     as_parameter,
     compress,
@@ -24,8 +24,8 @@ from isthmus.trace.labels import (
     unsqueeze,
     with_rigid,
 )
-from isthmus.trace.relations import close_relations
-from isthmus.trace.units import WILDCARD, Units
+from isthmus.tracing.relations import close_relations
+from isthmus.tracing.units import WILDCARD, Units
 
 laws = settings(max_examples=60, deadline=None)
 

@@ -11,11 +11,11 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import InputError, ModelError, SymmetryError, TransformError
-from isthmus.groups import random_element
-from isthmus.symmetry import Group, Site, Space, Symmetry
-from isthmus.trace.proof import moved_by, rounding, stirred
-from isthmus.trace.sample import draw
-from isthmus.transform import LinearMap, Permutation, move_state
+from isthmus.symmetry import Group, LinearMap, Permutation, Site, Space, Symmetry
+from isthmus.symmetry.groups import random_element
+from isthmus.symmetry.transform import move_state
+from isthmus.tracing.proof import moved_by, rounding, stirred
+from isthmus.tracing.random_network import draw
 from refusals import refuses
 from zoo import ZOO, Net, built, double, traced
 

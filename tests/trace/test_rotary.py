@@ -11,8 +11,8 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import SymmetryError
-from isthmus.gauges import random_turns, turned
 from isthmus.symmetry import Gauge
+from isthmus.symmetry.gauges import random_turns, turned
 from refusals import refuses
 from zoo import double
 

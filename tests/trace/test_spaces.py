@@ -13,8 +13,8 @@ from torch.nn.utils import prune
 
 import isthmus
 from isthmus.errors import InputError, ModelError, TraceError
-from isthmus.symmetry import Group
-from isthmus.transform import Permutation, move_state
+from isthmus.symmetry import Group, Permutation
+from isthmus.symmetry.transform import move_state
 from refusals import refuses
 from zoo import ZOO, Net, built, traced
 

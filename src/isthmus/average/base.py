@@ -1,18 +1,16 @@
 """What every way of averaging is: a configured object that turns aligned states into one state."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from isthmus.average.coefficients import Coefficients
-from isthmus.groups import keeps_function
-from isthmus.trace.reader import first_float
-from isthmus.transform import Alignment
-
-State = Mapping[str, Tensor]
+from isthmus.state import State, first_float
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.groups import keeps_function
 
 
 @dataclass(eq=False)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from isthmus.average.base import Aligned
 from isthmus.average.mean import Mean
-from isthmus.batches import read_batches
+from isthmus.data.batches import read_batches
 from isthmus.errors import InputError, ModelError
+from isthmus.observe.score import class_scores
 from isthmus.progress import progress
-from isthmus.score import class_scores
-from isthmus.trace.reader import first_float
+from isthmus.state import first_float
 
 
 @dataclass(frozen=True)

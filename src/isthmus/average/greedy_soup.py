@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from isthmus.average.base import Aligned
 from isthmus.average.coefficients import Coefficients
 from isthmus.average.mean import Mean
-from isthmus.batches import Batch, split_batches
+from isthmus.data.batches import Batch, split_batches
 from isthmus.errors import InputError
+from isthmus.observe.running_statistics import normalisation_layers, reset_statistics, running_statistics
+from isthmus.observe.score import evaluate
 from isthmus.progress import progress
-from isthmus.running_statistics import normalisation_layers, reset_statistics, running_statistics
-from isthmus.score import evaluate
 
 
 @dataclass(frozen=True)

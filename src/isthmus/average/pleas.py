@@ -11,11 +11,14 @@ from torch import Tensor
 
 from isthmus.average.base import Aligned
 from isthmus.average.mean import Mean
-from isthmus.batches import Batch, read_batches
-from isthmus.errors import DataError, InputError
-from isthmus.layers import (
+from isthmus.data.batches import Batch
+from isthmus.errors import InputError
+from isthmus.graph.sweep import Sweep
+from isthmus.observe.given import symmetry_of
+from isthmus.observe.layers import (
     Layer,
     carries_outputs,
+    chunked_product,
     folded,
     input_rows,
     layers_of,
@@ -23,18 +26,18 @@ from isthmus.layers import (
     move_value,
     output_rows,
     sample_positions,
+    take,
     unfold_layer,
 )
-from isthmus.moments import symmetry_of
 from isthmus.progress import progress
-from isthmus.symmetry import Symmetry
-from isthmus.trace.execute import BatchNorm
-from isthmus.trace.reader import first_float
-from isthmus.trace.sweep import Sweep
-from isthmus.transform import Permutation, Transforms
+from isthmus.state import first_float
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.traced_graph import BatchNorm
+from isthmus.symmetry.transform import Permutation, Transforms
 
 # Numbers that the gathered inputs of one layer may hold; more units make fewer rows.
 LARGEST = 250_000_000
+
 
 # Smallest variance that a running statistic is set to.
 TINY = 1e-12
@@ -103,25 +106,6 @@ class PLeaS:
         fitted = fitting.run(merged | integers)
         aligned.measured.update(fitting.measured)
         return {name: fitted[name].to(tensor.dtype) for name, tensor in merged.items()}
-
-
-def take(data: object, samples: int, reference: Tensor) -> list[Batch]:
-    """The first batches of the data, `samples` inputs in all, in the precision and on the device of `reference`.
-
-    Raises:
-        DataError: There is none.
-    """
-    batches: list[Batch] = []
-    left = samples
-    for batch in read_batches(data):
-        if left < 1:
-            break
-        batch = batch.head(min(left, batch.size))
-        batches.append(batch.to(reference.device, reference.dtype).clone())
-        left -= batch.size
-    if not batches:
-        raise DataError("the data is empty: fitting layers needs inputs")
-    return batches
 
 
 @dataclass(eq=False)
@@ -275,16 +259,6 @@ class Rows:
     inputs: list[Float[Tensor, "rows inputs"]]
     target: Float[Tensor, "rows units"]
     beside: Float[Tensor, "rows units"] | None
-
-
-def chunked_product(
-    a: Float[Tensor, "rows left"], b: Float[Tensor, "rows right"], size: int = 4096
-) -> Float[Tensor, "left right"]:
-    """aᵀ b, summed in float64 over chunks of float32 products."""
-    total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
-    for left, right in zip(a.split(size), b.split(size), strict=True):
-        total += (left.T @ right).double()
-    return total
 
 
 def upcast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """RegMean: the linear layer that on average answers every parent's inputs as that parent does."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,13 +8,13 @@ from torch import Tensor
 
 from isthmus.average.base import Aligned
 from isthmus.average.mean import Mean
-from isthmus.average.pleas import chunked_product, take
 from isthmus.errors import InputError
-from isthmus.layers import Layer, input_rows, layers_of, sample_positions
-from isthmus.moments import symmetry_of
+from isthmus.graph.reader import Reader, node_shapes, program_for
+from isthmus.observe.given import symmetry_of
+from isthmus.observe.layers import Layer, chunked_product, input_rows, layers_of, sample_positions, seen_by, take
 from isthmus.progress import progress
-from isthmus.symmetry import Symmetry
-from isthmus.trace.reader import Reader, first_float, node_shapes, program_for
+from isthmus.state import first_float
+from isthmus.symmetry.symmetry import Symmetry
 
 
 @dataclass(frozen=True)
@@ -115,15 +114,6 @@ class RegMean:
                 totals[name] = weighted if old is None else [a + b for a, b in zip(old, weighted, strict=True)]
             rows += batch.size
         return {name: [shrunk(each / rows, self.shrink) for each in found] for name, found in totals.items()}
-
-
-def seen_by(seen: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
-    """An observer that keeps a copy of a node's value, safe from operations that write into it."""
-
-    def keep(value: Tensor) -> None:
-        seen[name] = value.clone()
-
-    return keep
 
 
 def shrunk(gram: Tensor, factor: float) -> Tensor:

@@ -9,18 +9,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from isthmus.batches import check_data
-from isthmus.connect import connect
+from isthmus.data.batches import check_data
 from isthmus.errors import InputError
-from isthmus.explain.spectrum import Factors, State, as_pair, factorise, measure_spectra, plain, weights_of, with_graph
+from isthmus.explain.spectrum import Factors, as_pair, factorise, measure_spectra, plain, weights_of, with_graph
 from isthmus.explain.taylor import in_float
-from isthmus.match import WeightMatching, align
-from isthmus.members import as_modules
-from isthmus.merge import upcast
+from isthmus.match import align
+from isthmus.match.weight_matching import WeightMatching
+from isthmus.measure.connect import connect
+from isthmus.observe.given import as_modules
+from isthmus.observe.score import Loss
 from isthmus.progress import progress
-from isthmus.score import Loss
-from isthmus.symmetry import Symmetry
-from isthmus.transform import Alignment, apply
+from isthmus.state import State, upcast
+from isthmus.symmetry.alignment import Alignment, apply
+from isthmus.symmetry.symmetry import Symmetry
 
 PARTS = ("top", "rest")
 

@@ -15,16 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from isthmus.batches import check_data, read_batches
+from isthmus.data.batches import check_data, read_batches
 from isthmus.errors import DataError, InputError
 from isthmus.explain.ascent import draw
 from isthmus.explain.images import ImageStatistics, assumed_statistics, images_of, measure_images, rfft_shape
 from isthmus.explain.parametrisations import Parametrisation, chosen_method
 from isthmus.explain.target import Target
-from isthmus.members import as_modules
-from isthmus.moments import symmetry_of
+from isthmus.observe.given import as_modules, symmetry_of
 from isthmus.progress import progress
-from isthmus.symmetry import Symmetry
+from isthmus.symmetry.symmetry import Symmetry
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,15 +14,16 @@ from matplotlib import colormaps
 from matplotlib.image import imsave
 from torch import Tensor, nn
 
-from isthmus.batches import read_batches
+from isthmus.data.batches import read_batches
 from isthmus.errors import InputError
-from isthmus.explain.features import measure_images, respond, visualise_many
+from isthmus.explain.features import respond, visualise_many
+from isthmus.explain.images import measure_images
 from isthmus.explain.moves import matched_correlation
 from isthmus.explain.units import MERGED, NAIVE, SpaceUnits, Units
-from isthmus.moments import SpaceMoments
+from isthmus.graph.capture import Program
+from isthmus.observe.moments import SpaceMoments
 from isthmus.progress import progress
-from isthmus.symmetry import Symmetry
-from isthmus.trace.capture import Program
+from isthmus.symmetry.symmetry import Symmetry
 
 # How many top images stand beside a drawn picture, and the side to which larger ones are made smaller.
 SHOWN, SIDE = 5, 64

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from isthmus.batches import Batch, read_batches
+from isthmus.data.batches import Batch, read_batches
 from isthmus.errors import DataError
 from isthmus.progress import progress
 

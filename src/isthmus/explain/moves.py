@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from isthmus.moments import SpaceMoments
-from isthmus.symmetry import Space, Symmetry
-from isthmus.transform import LinearMap, Transforms, as_matrix, flat_indices
+from isthmus.observe.moments import SpaceMoments
+from isthmus.symmetry.spaces import Space
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import LinearMap, Transforms, as_matrix, flat_indices
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,15 +17,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
-from isthmus.average.pleas import take
-from isthmus.batches import check_data
+from isthmus.data.batches import check_data
 from isthmus.errors import DataError, InputError, SymmetryError
-from isthmus.members import as_modules
-from isthmus.moments import CHUNK, JointMoments, Moments, SpaceMoments, symmetry_of
+from isthmus.graph.reader import Reader, program_for
+from isthmus.observe.given import as_modules, symmetry_of
+from isthmus.observe.layers import take
+from isthmus.observe.moments import CHUNK, JointMoments, Moments, SpaceMoments
 from isthmus.progress import progress
-from isthmus.symmetry import Symmetry
-from isthmus.trace.reader import Reader, first_float, program_for
-from isthmus.transform import Alignment, LinearMap, flat_indices
+from isthmus.state import first_float
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import LinearMap, flat_indices
 
 # Relative precision of moments that were summed from float32 products of `CHUNK` rows; rounding adds up as a random
 # walk does.

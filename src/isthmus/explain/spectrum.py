@@ -19,20 +19,16 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 from torch import Tensor, fx, nn
 
-from isthmus.average.pleas import chunked_product, take
-from isthmus.average.regmean import seen_by
-from isthmus.batches import check_data
+from isthmus.data.batches import check_data
 from isthmus.errors import InputError, TransformError
-from isthmus.layers import Layer, input_rows, layers_of, sample_positions
-from isthmus.members import as_modules
-from isthmus.merge import upcast
-from isthmus.moments import symmetry_of
+from isthmus.graph.reader import Reader, node_shapes, program_for
+from isthmus.observe.given import as_modules, symmetry_of
+from isthmus.observe.layers import Layer, chunked_product, input_rows, layers_of, sample_positions, seen_by, take
 from isthmus.progress import progress
-from isthmus.symmetry import Symmetry
-from isthmus.trace.reader import Reader, first_float, node_shapes, program_for
-from isthmus.transform import Alignment, move_state
-
-State = Mapping[str, Tensor]
+from isthmus.state import State, first_float, upcast
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import move_state
 
 # Shares of a layer's largest singular value; the paper reports 0 and 0.3.
 THRESHOLDS = tuple(index / 10 for index in range(10))

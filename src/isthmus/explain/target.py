@@ -8,14 +8,15 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from isthmus.batches import Batch
+from isthmus.data.batches import Batch
 from isthmus.errors import InputError, SymmetryError
 from isthmus.explain.images import tensors_in
 from isthmus.explain.units import means_of_units
-from isthmus.moments import check_at
-from isthmus.symmetry import Site, Symmetry
-from isthmus.trace.capture import Program, capture
-from isthmus.trace.reader import first_float
+from isthmus.graph.capture import Program, capture
+from isthmus.observe.collect import check_at
+from isthmus.state import first_float
+from isthmus.symmetry.spaces import Site
+from isthmus.symmetry.symmetry import Symmetry
 
 # Bytes of node values that pictures drawn together may take; more pictures are drawn one part after the other.
 MEMORY = 1 << 29

@@ -13,13 +13,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from isthmus.batches import Batch, check_data, read_batches
-from isthmus.connect import interpolate
+from isthmus.data.batches import Batch, check_data, read_batches
 from isthmus.errors import ModelError
-from isthmus.explain.spectrum import State
-from isthmus.members import as_modules
-from isthmus.score import IGNORED, Loss, are_classes, class_scores, cross_entropy, evaluate
-from isthmus.trace.reader import first_float
+from isthmus.measure.connect import interpolate
+from isthmus.observe.given import as_modules
+from isthmus.observe.score import IGNORED, Loss, are_classes, class_scores, cross_entropy, evaluate
+from isthmus.state import State, first_float
 
 
 @dataclass(frozen=True)

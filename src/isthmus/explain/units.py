@@ -17,16 +17,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from isthmus.batches import Batch, first_batch, read_batches
+from isthmus.data.batches import Batch, first_batch, read_batches
 from isthmus.errors import DataError, InputError
 from isthmus.explain.moves import Move, correlate, deviations, largest_shares
-from isthmus.fold import fold_norm_gains
-from isthmus.members import as_modules
-from isthmus.moments import Moments, SpaceMoments, check_at, collect, symmetry_of
+from isthmus.graph.reader import Reader, program_for
+from isthmus.merging.fold import fold_norm_gains
+from isthmus.observe.collect import check_at, collect
+from isthmus.observe.given import as_modules, symmetry_of
+from isthmus.observe.moments import Moments, SpaceMoments
 from isthmus.progress import progress
-from isthmus.symmetry import Site, Space, Symmetry
-from isthmus.trace.reader import Reader, first_float, program_for
-from isthmus.transform import Alignment, LinearMap
+from isthmus.state import first_float
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.spaces import Site, Space
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import LinearMap
 
 # Correlation from which a merged unit counts as a model's feature. The mean of two unrelated units has 1/√2 = .71 with
 # each of them: a threshold below that would call such a mixture the feature of both.

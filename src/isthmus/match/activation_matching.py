@@ -5,9 +5,10 @@ from typing import ClassVar
 
 from isthmus.errors import InputError
 from isthmus.match.base import Problem
-from isthmus.match.families import family_of, paired_value, roots_of, solve_family
-from isthmus.match.many import Pair, all_to_one, check_reference
-from isthmus.transform import Alignment, Permutation, Transform
+from isthmus.match.nested import family_of, paired_value, roots_of, solve_family
+from isthmus.match.pairwise import Pair, all_to_one, check_reference
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.transform import Permutation, Transform
 
 
 @dataclass(frozen=True)

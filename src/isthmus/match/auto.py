@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
-from isthmus.batches import is_labelled, split_batches
+from isthmus.data.batches import is_labelled, split_batches
 from isthmus.errors import InputError, IsthmusError
 from isthmus.match.base import Match, Problem, solve
+from isthmus.match.coordinate_ascent import total_value
 from isthmus.match.held_out import judge_by
 from isthmus.match.identity import Identity
-from isthmus.match.weight_matching import total_value
+from isthmus.match.methods import CANDIDATES
 from isthmus.progress import progress
 from isthmus.registry import configure
-from isthmus.transform import Alignment
+from isthmus.symmetry.alignment import Alignment
 
 # Methods that train by gradients take minutes; they are tried if they are named.
 BY_GRADIENT = ("ste", "sinkhorn", "learned")
@@ -66,14 +67,12 @@ class Auto:
         Raises:
             InputError: An unknown method among them, or none.
         """
-        from isthmus.match import METHODS  # the table holds this method too
-
         names = tuple(self.candidates or ())
         if self.candidates is None:
-            names = tuple(name for name in METHODS if name != self.name and name not in BY_GRADIENT)
+            names = tuple(name for name in CANDIDATES if name not in BY_GRADIENT)
         if not names or self.name in names:
             raise InputError(f"candidates={list(names)}: name one method or more, other than {self.name!r}")
-        return [configure("matching method", name, METHODS) for name in names]
+        return [configure("matching method", name, CANDIDATES) for name in names]
 
     def __call__(self, problem: Problem) -> Alignment:
         """The alignment by the chosen method; its details hold every candidate's score and the reason.

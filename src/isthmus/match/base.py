@@ -1,20 +1,21 @@
 """What every matching method is: a configured object that turns a problem into an alignment."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import nn
 
-from isthmus.batches import is_labelled
+from isthmus.data.batches import is_labelled
 from isthmus.errors import DataError
-from isthmus.fold import fold_norm_gains
-from isthmus.gains import has_diagonal_sites
-from isthmus.moments import JointMoments, Moments, collect, collect_joint
-from isthmus.symmetry import Symmetry
-from isthmus.transform import Alignment, Permutation, Transform
-
-State = Mapping[str, Tensor]
+from isthmus.merging.fold import fold_norm_gains
+from isthmus.observe.collect import collect, collect_joint
+from isthmus.observe.moments import JointMoments, Moments
+from isthmus.state import State
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.gains import has_diagonal_sites
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import Permutation, Transform
 
 
 @dataclass(eq=False)

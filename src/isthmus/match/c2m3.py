@@ -12,12 +12,14 @@ from jaxtyping import Float
 
 from isthmus.errors import InputError
 from isthmus.match.base import Problem, identity_transforms
-from isthmus.match.families import family_of
+from isthmus.match.coordinate_ascent import descend, merge_many, total_value
+from isthmus.match.nested import family_of
 from isthmus.match.relaxed_objective import Point, RelaxedObjective, mix
-from isthmus.match.weight_matching import WeightMatching, descend, merge_many, total_value
+from isthmus.match.weight_matching import WeightMatching
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.progress import progress
-from isthmus.transform import Alignment, Transform
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.transform import Transform
 
 # Steps of Frank-Wolfe from one start, at a budget of 1; as many again for each model that is matched to model 0 first.
 STEPS = 50

@@ -10,16 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.batches import Batch, split_batches
+from isthmus.data.batches import Batch, split_batches
 from isthmus.errors import DataError, InputError
 from isthmus.match.base import Problem
 from isthmus.match.held_out import judge_by
 from isthmus.match.linear_maps import map_spaces
-from isthmus.match.many import Pair, all_to_one, check_reference
-from isthmus.match.procrustes import polar_factor
-from isthmus.moments import Moments, collect
+from isthmus.match.pairwise import Pair, all_to_one, check_reference
+from isthmus.match.polar import polar_factor
+from isthmus.observe.collect import collect
+from isthmus.observe.moments import Moments
 from isthmus.progress import progress
-from isthmus.transform import Alignment, LinearMap
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.transform import LinearMap
 
 # Ridges that are tried, as shares of the mean variance of a unit.
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from isthmus.batches import Batch, split_batches
+from isthmus.data.batches import Batch, split_batches
 from isthmus.errors import DataError, InputError, ModelError
-from isthmus.match.base import Problem, State
+from isthmus.match.base import Problem
+from isthmus.observe.running_statistics import normalisation_layers
+from isthmus.observe.score import IGNORED, are_classes, class_scores, cross_entropy
 from isthmus.progress import progress
-from isthmus.running_statistics import normalisation_layers
-from isthmus.score import IGNORED, are_classes, class_scores, cross_entropy
-from isthmus.symmetry import Symmetry
-from isthmus.transform import LinearMap, Permutation, Transform, Transforms, move_site, move_state
+from isthmus.state import State
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import LinearMap, Permutation, Transform, Transforms, move_site, move_state
 
 # Share of the batches, the last ones, on which what was found is judged.
 HELD_OUT = 0.1

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from isthmus.batches import Batch, is_labelled, read_batches
+from isthmus.data.batches import Batch, is_labelled, read_batches
 from isthmus.errors import DataError, ModelError
 from isthmus.match.base import Problem
-from isthmus.merge import merge
-from isthmus.repair import repair
-from isthmus.running_statistics import normalisation_layers
-from isthmus.score import Ensemble, class_scores, evaluate
-from isthmus.trace.reader import first_float
-from isthmus.transform import Alignment
+from isthmus.merging.merge import merge
+from isthmus.merging.repair import repair
+from isthmus.observe.running_statistics import normalisation_layers
+from isthmus.observe.score import Ensemble, class_scores, evaluate
+from isthmus.state import first_float
+from isthmus.symmetry.alignment import Alignment
 
 
 def judge_by(problem: Problem, fitting: Any, held: Any) -> tuple[Callable[[Alignment], float], str]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from isthmus.match.base import Problem, identity_transforms
-from isthmus.transform import Alignment
+from isthmus.symmetry.alignment import Alignment
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.assignment import solve_laps
 from isthmus.errors import InputError
-from isthmus.match.base import Problem, State, identity_transforms
+from isthmus.match.assignment import solve_laps
+from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.coordinate_ascent import best_of_starts
 from isthmus.match.gradient_search import (
     TaskLoss,
     check_search,
@@ -23,10 +24,11 @@ from isthmus.match.gradient_search import (
     move_softly,
     search,
 )
-from isthmus.match.many import Pair, all_to_one, check_reference
-from isthmus.match.weight_matching import best_of_starts
+from isthmus.match.pairwise import Pair, all_to_one, check_reference
 from isthmus.match.weight_objective import WeightObjective
-from isthmus.transform import Alignment, LinearMap, Permutation, Transform, Transforms, move_state
+from isthmus.state import State
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.transform import LinearMap, Permutation, Transform, Transforms, move_state
 
 # Adam's learning rate in each group; that of linear maps is divided by the number of units. An entry moves by about the
 # rate in a step, so that a map of n units then changes by this at most, whatever its size.

@@ -6,10 +6,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.match.base import Problem
-from isthmus.match.families import family_of, roots_of, solve_family
-from isthmus.match.many import Pair
-from isthmus.moments import Moments, SpaceMoments
-from isthmus.transform import LinearMap, Permutation, Transform
+from isthmus.match.nested import family_of, roots_of, solve_family
+from isthmus.match.pairwise import Pair
+from isthmus.observe.moments import Moments, SpaceMoments
+from isthmus.symmetry.transform import LinearMap, Permutation, Transform
 
 # From covariances of A's units, of B's, and between both, in float64: the map that carries B's units into A's frame,
 # and the summed correlation that it reaches.

@@ -9,11 +9,12 @@ from jaxtyping import Float
 
 from isthmus.errors import InputError
 from isthmus.match.base import Problem, identity_transforms
-from isthmus.match.families import family_of, solve_family
-from isthmus.match.many import Pair, all_to_one, check_reference
+from isthmus.match.nested import family_of, solve_family
+from isthmus.match.pairwise import Pair, all_to_one, check_reference
 from isthmus.match.weight_objective import WeightObjective
-from isthmus.moments import Moments
-from isthmus.transform import Alignment, Permutation
+from isthmus.observe.moments import Moments
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.transform import Permutation
 
 
 @dataclass(frozen=True)

@@ -11,25 +11,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from isthmus.assignment import assignment_value, solve_lap, solve_laps
 from isthmus.errors import InputError
-from isthmus.groups import nearest_element
-from isthmus.match.base import Problem, State, identity_transforms
-from isthmus.match.families import Similarity, as_blocks, assignment_values, family_of, roots_of
-from isthmus.match.many import Pair, all_to_one, check_reference
-from isthmus.match.weight_matching import WeightMatching, best_of_starts
-from isthmus.match.weight_objective import WeightObjective, ascend, site_rows
-from isthmus.symmetry import Group, Space, Symmetry
-from isthmus.transform import (
-    Alignment,
-    LinearMap,
-    Permutation,
-    Transform,
-    Transforms,
-    compose,
-    flat_indices,
-    move_state,
-)
+from isthmus.match.assignment import assignment_value, solve_lap, solve_laps
+from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.coordinate_ascent import ascend, best_of_starts
+from isthmus.match.nested import Similarity, as_blocks, assignment_values, family_of, roots_of
+from isthmus.match.pairwise import Pair, all_to_one, check_reference
+from isthmus.match.weight_matching import WeightMatching
+from isthmus.match.weight_objective import WeightObjective, site_rows
+from isthmus.state import State
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.groups import nearest_element
+from isthmus.symmetry.spaces import Group, Space
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import LinearMap, Permutation, Transform, Transforms, compose, flat_indices, move_state
 
 # A step counts as progress if it raises the objective by more than this share of it; less is float64 rounding of sums
 # over 10⁸ weights.

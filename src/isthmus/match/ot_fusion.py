@@ -10,15 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.assignment import solve_lap
 from isthmus.errors import InputError, SymmetryError
-from isthmus.match.base import Problem, State, identity_transforms
-from isthmus.match.families import family_of, roots_of, solve_family
-from isthmus.match.many import Pair, all_to_one, check_reference
-from isthmus.match.weight_matching import improve_family
+from isthmus.match.assignment import solve_lap
+from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.coordinate_ascent import improve_family
+from isthmus.match.nested import family_of, roots_of, solve_family
+from isthmus.match.pairwise import Pair, all_to_one, check_reference
 from isthmus.match.weight_objective import WeightObjective, site_rows
-from isthmus.symmetry import Site, Space, Symmetry
-from isthmus.transform import Alignment, LinearMap, Permutation, Transform, move_site
+from isthmus.state import State
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.spaces import Site, Space
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import LinearMap, Permutation, Transform, move_site
 
 Cost = Float[np.ndarray, "frame moved"]
 Plan = Float[np.ndarray, "frame moved"]

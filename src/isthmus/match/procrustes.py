@@ -3,21 +3,16 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.errors import InputError
 from isthmus.match.base import Problem
 from isthmus.match.linear_maps import map_spaces
-from isthmus.match.many import Pair, all_to_one, check_reference
-from isthmus.transform import Alignment, LinearMap
-
-# Share of a matrix's norm that is added to it before it is decomposed, so that its null space has a basis.
-STEADY = 1e-9
-
-# Units whose variance is below this share of the largest never vary.
-DEAD = 1e-12
+from isthmus.match.pairwise import Pair, all_to_one, check_reference
+from isthmus.match.polar import polar_factor
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.transform import LinearMap
 
 
 @dataclass(frozen=True)
@@ -73,22 +68,3 @@ def rotation(
     """The orthogonal map of Procrustes' problem, and the sum of the singular values."""
     into, values = polar_factor(between, own.diagonal(), other.diagonal())
     return LinearMap(into, into.T.contiguous()), float(values.sum())
-
-
-def polar_factor(
-    matrix: Float[Tensor, "rows rows"], own: Float[Tensor, " rows"], other: Float[Tensor, " rows"]
-) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, " rows"]]:
-    """U Vᵀ and the singular values; a singular matrix is completed so that dead units face dead units, one by one.
-
-    The mean of two units that never fire never fires either; a rotation among such units would wake them.
-
-    Args:
-        matrix: From the second model's units (columns) to the first's (rows).
-        own: Variances of the first model's units.
-        other: Variances of the second model's units.
-    """
-    orders = [torch.argsort((v <= DEAD * v.max()).int(), stable=True) for v in (own, other)]
-    facing = torch.zeros_like(matrix)
-    facing[orders[0], orders[1]] = 1
-    left, values, right = torch.linalg.svd(matrix + STEADY * torch.linalg.matrix_norm(matrix, ord="fro") * facing)
-    return left @ right, values

@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from isthmus.match.base import State
-from isthmus.match.families import family_of, roots_of, solve_family
+from isthmus.match.nested import family_of, roots_of, solve_family
 from isthmus.match.weight_objective import ancestors, overlap, site_rows
-from isthmus.symmetry import Site, Space, Symmetry
-from isthmus.transform import LinearMap, Permutation, Transform, Transforms, flat_indices, move_site
+from isthmus.state import State
+from isthmus.symmetry.spaces import Site, Space
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import LinearMap, Permutation, Transform, Transforms, flat_indices, move_site
 
 # For every space, a doubly stochastic matrix over the units of all its copies.
 Point = dict[str, Float[Tensor, "slots units"]]

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from isthmus.errors import InputError
 from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.coordinate_ascent import descend
 from isthmus.match.gradient_search import TaskLoss, check_search, combine, follow, gradients_of, search
-from isthmus.match.weight_matching import WeightMatching, descend
+from isthmus.match.weight_matching import WeightMatching
 from isthmus.match.weight_objective import WeightObjective
-from isthmus.transform import Alignment, Transform, Transforms
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.transform import Transform, Transforms
 
 # Sweeps of one projection.
 SWEEPS = 100

@@ -13,15 +13,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.errors import InputError
-from isthmus.layers import Layer, folded, layers_of
 from isthmus.match.activation_matching import ActivationMatching
 from isthmus.match.base import Match, Problem
-from isthmus.match.many import check_reference
+from isthmus.match.pairwise import check_reference
 from isthmus.match.weight_matching import WeightMatching
-from isthmus.moments import Moments
+from isthmus.observe.layers import Layer, folded, layers_of
+from isthmus.observe.moments import Moments
 from isthmus.progress import progress
-from isthmus.symmetry import Site, Space, Symmetry
-from isthmus.transform import Alignment, LinearMap, Transform, flat_indices, move_site
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.spaces import Site, Space
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import LinearMap, Transform, flat_indices, move_site
 
 # A candidate whose variance has fallen below this share of the largest adds nothing that is not chosen already.
 SPANNED = 1e-7

@@ -7,7 +7,7 @@ float64. Features come before units in memory, those that another space moves fi
 whole rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,23 +15,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.assignment import assignment_value, solve_lap
-from isthmus.match.base import State
-from isthmus.match.families import Similarity, family_of, roots_of
-from isthmus.symmetry import Site, Space, Symmetry
-from isthmus.transform import (
-    LinearMap,
-    Permutation,
-    Transform,
-    Transforms,
-    move_site,
-    site_length,
-    site_order,
-    to_front,
-)
+from isthmus.match.assignment import assignment_value, solve_lap
+from isthmus.match.nested import Similarity, family_of, roots_of
+from isthmus.state import State
+from isthmus.symmetry.spaces import Site, Space
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import LinearMap, Permutation, Transforms, move_site, site_length, site_order, to_front
 
 # Singular values of unfoldings, by tensor and by the site whose units are the rows.
 Spectra = dict[tuple[str, int], Tensor]
+
 
 # Relative slack of the upper bound: singular values come from eigenvalues, which squares the rounding of float64.
 BOUND_SLACK = 1e-6
@@ -316,41 +309,3 @@ def overlap(first: Site, second: Site, shape: tuple[int, ...]) -> bool:
     if first.dims == second.dims:
         return bool(np.intersect1d(first.positions, second.positions).size)
     return True
-
-
-def ascend(
-    objective: WeightObjective,
-    start: Mapping[str, Transform],
-    max_sweeps: int,
-    rng: np.random.Generator,
-    improve: Callable[[WeightObjective, Space, dict[str, Transform]], bool],
-) -> tuple[dict[str, Transform], bool]:
-    """Coordinate ascent from a start, families in random order; the transforms, and whether it ended by itself.
-
-    Args:
-        objective: What is to rise.
-        start: Where to start.
-        max_sweeps: How often to go through all families at most.
-        rng: Draws their order.
-        improve: One step in a family of nested spaces, given its root; changes the transforms and returns True if the
-            objective rose.
-    """
-    transforms = dict(start)
-    roots = objective.families()
-    for root in roots:
-        objective.moved_by(root)
-    stamps: dict[str, tuple[int, ...]] = {}
-    for _ in range(max_sweeps):
-        improved = False
-        for index in rng.permutation(len(roots)):
-            root = roots[index]
-            stamp = objective.stamp(root)
-            if stamps.get(root.name) == stamp:
-                continue
-            stamps[root.name] = stamp
-            if improve(objective, root, transforms):
-                objective.moved_by(root)
-                improved = True
-        if not improved:
-            return transforms, True
-    return transforms, False

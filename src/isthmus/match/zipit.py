@@ -11,11 +11,13 @@ from jaxtyping import Float, Int
 
 from isthmus.errors import InputError
 from isthmus.match.base import Problem, identity_transforms
-from isthmus.match.families import family_of, paired_value, roots_of, solve_family
-from isthmus.moments import Moments, SpaceMoments
+from isthmus.match.nested import family_of, paired_value, roots_of, solve_family
+from isthmus.observe.moments import Moments, SpaceMoments
 from isthmus.progress import progress
-from isthmus.symmetry import Site, Space, Symmetry
-from isthmus.transform import Alignment, LinearMap, Permutation, Transform
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.spaces import Site, Space
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import LinearMap, Permutation, Transform
 
 # A ban is lowered by more than any two correlations differ: banned pairs come after all others, and only then.
 BAN = 3.0

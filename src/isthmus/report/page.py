@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
-from isthmus.checkpoint import write_text
+from isthmus.checkpoint.writing import write_text
 from isthmus.errors import CheckpointError
 from isthmus.report import figures
 from isthmus.report.colours import DARK, LIGHT, css_variables

@@ -1,0 +1,1 @@
+"""A captured program, and running it on numbers."""

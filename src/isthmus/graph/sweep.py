@@ -1,0 +1,129 @@
+"""Running a captured graph node by node over all batches at once, so that weights may change between nodes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from isthmus.data.batches import Batch
+from isthmus.graph.capture import Program
+from isthmus.graph.reader import program_for
+
+
+class Sweep:
+    """A network that is run breadth first: every node on all batches before the next node.
+
+    Values are kept until their last use, those of `keep` until `forget`.
+
+    Args:
+        program: The captured graph.
+        state: The network's tensors; `set` changes single ones on the way.
+        batches: Inputs, in the precision of the state.
+        keep: Nodes whose values are asked for.
+    """
+
+    def __init__(
+        self, program: Program, state: Mapping[str, Tensor], batches: Sequence[Batch], keep: Iterable[str]
+    ) -> None:
+        self.state = dict(state)
+        self.keep = set(keep)
+        self.order = {node.name: index for index, node in enumerate(program.graph.nodes)}
+        self.runs = [Run(program_for(program, batch), self.state, batch) for batch in batches]
+        self.program = program
+        self.position = -1
+        self.last_use: dict[str, int] = {}
+        for index, node in enumerate(program.graph.nodes):
+            for source in node.all_input_nodes:
+                self.last_use[source.name] = index
+
+    def advance(self, node: str, *, before: bool = False) -> None:
+        """Runs all nodes up to and with `node`, or up to the one before it."""
+        end = self.order[node] - before
+        while self.position < end:
+            self.position += 1
+            with torch.no_grad():
+                for run in self.runs:
+                    run.step(self.position, self.keep)
+            done = [name for name, last in self.last_use.items() if last == self.position and name not in self.keep]
+            self._drop(done)
+
+    def values(self, node: str) -> list[Tensor]:
+        """A kept node's value, batch by batch."""
+        return [run.value(node) for run in self.runs]
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Changes one tensor of the network for all nodes that have not run yet."""
+        self.state[name] = tensor
+        for run in self.runs:
+            run.set(name, tensor)
+
+    def forget(self, node: str) -> None:
+        """Lets go of a kept node's value."""
+        self.keep.discard(node)
+        if self.last_use.get(node, -1) <= self.position:
+            self._drop([node])
+
+    def _drop(self, names: Sequence[str]) -> None:
+        for run in self.runs:
+            for name in names:
+                run.drop(name)
+
+
+class Run(fx.Interpreter):
+    """One batch's values in a sweep."""
+
+    def __init__(self, program: Program, state: Mapping[str, Tensor], batch: Batch) -> None:
+        super().__init__(program.exported.graph_module, garbage_collect_values=False)
+        self.nodes = list(program.graph.nodes)
+        self.named = {node.name: node for node in self.nodes}
+        self.parameters = program.parameters
+        kwargs = batch.kwargs
+        if kwargs.keys() == program.kwargs.keys():  # the graph takes them in the order of its example
+            kwargs = {name: kwargs[name] for name in program.kwargs}
+        inputs = iter(pytree.tree_leaves((batch.args, dict(kwargs))))
+        for node in self.nodes:
+            if node.op != "placeholder":
+                continue
+            if node.name in program.parameters:
+                self.env[node] = state[program.parameters[node.name]]
+            elif node.name in program.constants:
+                self.env[node] = program.constants[node.name]
+            else:
+                self.env[node] = next(inputs)
+
+    def step(self, position: int, keep: set[str]) -> None:
+        """Runs one node; what is kept is safe from operations that write into their input."""
+        node = self.nodes[position]
+        if node.op in ("placeholder", "output"):
+            return
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            for source in node.all_input_nodes:
+                if source.name in keep and isinstance(self.env[source], Tensor):
+                    self.kept[source.name] = self.env[source].clone()
+        self.env[node] = self.run_node(node)
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Values that were saved before an operation wrote into them."""
+        if not hasattr(self, "_kept"):
+            self._kept: dict[str, Tensor] = {}
+        return self._kept
+
+    def value(self, name: str) -> Tensor:
+        """The value of a node as it was computed."""
+        return self.kept[name] if name in self.kept else self.env[self.named[name]]
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Changes a parameter or buffer."""
+        for node in self.nodes:
+            if node.op == "placeholder" and self.parameters.get(node.name) == name:
+                self.env[node] = tensor
+
+    def drop(self, name: str) -> None:
+        """Lets go of a node's value, unless it is an input or a parameter."""
+        node = self.named[name]
+        self.kept.pop(name, None)
+        if node.op != "placeholder":
+            self.env.pop(node, None)

@@ -1,0 +1,84 @@
+"""`align`: what the caller gave is checked once, and a method matches it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from isthmus.data.batches import Batch, check_data
+from isthmus.errors import InputError
+from isthmus.graph.capture import Program
+from isthmus.match.auto import Auto
+from isthmus.match.base import Match, Problem, solve
+from isthmus.match.methods import CANDIDATES
+from isthmus.observe.given import as_modules, as_own_modules, differ_in_width, symmetry_of
+from isthmus.registry import configure
+from isthmus.state import first_float
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.symmetry import Symmetry, check_counterpart
+from isthmus.tracing.trace import trace
+
+METHODS: dict[str, type[Match]] = {"auto": Auto, **CANDIDATES}
+
+
+def align(
+    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    symmetry: Symmetry | None = None,
+    method: str | Match = "weight_matching",
+    data: Any = None,
+    seed: int = 0,
+    *,
+    inputs: tuple[Any, ...] | None = None,
+    module: nn.Module | None = None,
+) -> Alignment:
+    """One transform per space and model that carries all models into a common frame, that of the first.
+
+    Args:
+        models: Modules or state dicts of one architecture; at least one must be a module, or `module` given. Methods
+            that resize (`ot_fusion`) also take modules whose spaces correspond but are of other sizes.
+        symmetry: What `trace` returned; found from `inputs` or the data's first batch if left out.
+        method: A name in `METHODS`, or a configured method such as `isthmus.match.WeightMatching(restarts=10)`.
+        data: Re-iterable batches, for methods that need them.
+        seed: The same inputs and seed give the same alignment.
+        inputs: Example inputs for tracing.
+        module: The architecture, where all models are state dicts.
+
+    Raises:
+        DataError: The method needs data and got none it can use.
+        InputError: No models, an unknown method, or no way to find the symmetry.
+        ModelError: The models are not of one architecture, hold NaN or infinite weights, or have a norm whose gain
+            cannot be folded, which a method that uses linear maps needs.
+        SymmetryError: The symmetry is of another architecture.
+    """
+    configured = configure("matching method", method, METHODS) if isinstance(method, str) else method
+    if isinstance(configured, type) or not isinstance(configured, Match):
+        raise InputError(f"method={method!r}: give a name in METHODS or a configured method, such as WeightMatching()")
+    if seed < 0:
+        raise InputError(f"seed={seed}: give 0 or more")
+    if data is not None:
+        check_data(data)
+    unequal = models and module is None and getattr(configured, "resizes", False) and differ_in_width(models)
+    modules = as_own_modules(models) if unequal else as_modules(models, module)
+    Problem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
+    symmetry = symmetry_of(modules[0], symmetry, inputs, data)
+    symmetries = trace_counterparts(modules, symmetry) if unequal else ()
+    return solve(configured, Problem(modules, symmetry, data, seed, symmetries))
+
+
+def trace_counterparts(models: Sequence[nn.Module], symmetry: Symmetry) -> tuple[Symmetry, ...]:
+    """Every model's own symmetry, where spaces correspond to those of the first but may be of other sizes.
+
+    Raises:
+        InputError: The first model's symmetry has no graph, and so no example inputs.
+        SymmetryError: A model's spaces do not correspond to those of the first.
+    """
+    if symmetry.program is None:
+        raise InputError("models of several widths are traced one by one: give inputs=(x,), or data=")
+    program: Program = symmetry.program.program
+    found = [symmetry]
+    for index, model in enumerate(models[1:], start=1):
+        own = first_float(model.state_dict())
+        example = Batch(program.args, program.kwargs).to(own.device, own.dtype)
+        found.append(trace(model, *example.args, kwargs=example.kwargs))
+        check_counterpart(symmetry, found[-1], f"model {index}")
+    return tuple(found)

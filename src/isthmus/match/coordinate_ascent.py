@@ -1,0 +1,190 @@
+"""Coordinate ascent on the objective of weight matching: one family of spaces at a time, until nothing improves."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from isthmus.match.assignment import solve_laps
+from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.nested import family_of, paired_value, solve_family
+from isthmus.match.weight_objective import Spectra, WeightObjective
+from isthmus.state import State
+from isthmus.symmetry.spaces import Space
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import Permutation, Transform, compose, move_state
+
+# A step counts as progress if it raises the objective by more than this share of it; less is float32 rounding.
+GAIN = 1e-6
+
+
+def best_of_starts(
+    objective: WeightObjective, restarts: int, max_sweeps: int, seed: int
+) -> tuple[dict[str, Transform], bool, list[float]]:
+    """The best permutations over several starts, whether that start converged, and the objective of each."""
+    found: list[tuple[float, dict[str, Transform], bool]] = []
+    for restart in range(restarts):
+        rng = np.random.default_rng([seed, restart])
+        if restart == 0:
+            start = identity_transforms(objective.symmetry)
+        elif restart == 1:
+            start = forward_start(objective)
+        else:
+            start = random_start(objective.symmetry, rng)
+        transforms, converged = descend(objective, start, max_sweeps, rng)
+        found.append((objective.value(transforms), transforms, converged))
+    best = max(found, key=lambda item: item[0])
+    return best[1], best[2], [value for value, _, _ in found]
+
+
+def random_start(symmetry: Symmetry, rng: np.random.Generator) -> dict[str, Transform]:
+    """A random permutation for every space."""
+    return {space.name: Permutation.random(space, rng) for space in symmetry}
+
+
+def forward_start(objective: WeightObjective) -> dict[str, Transform]:
+    """Permutations from one pass in graph order, in which only tensors between solved spaces are trusted."""
+    transforms = identity_transforms(objective.symmetry)
+    solved: frozenset[str] = frozenset()
+    for root in objective.families():
+        family = family_of(objective.symmetry, root)
+        similarities = {space.name: objective.similarity(space, transforms, solved) for space in family}
+        indices = solve_family(objective.symmetry, root, similarities)
+        transforms |= {name: Permutation(rows) for name, rows in indices.items()}
+        objective.moved_by(root)
+        solved |= {root.name}
+    return transforms
+
+
+def descend(
+    objective: WeightObjective, start: dict[str, Transform], max_sweeps: int, rng: np.random.Generator
+) -> tuple[dict[str, Transform], bool]:
+    """Coordinate descent from a start, families in random order; the permutations, and whether it ended by itself."""
+    return ascend(objective, start, max_sweeps, rng, improve_family)
+
+
+def improve_family(objective: WeightObjective, root: Space, transforms: dict[str, Transform]) -> bool:
+    """One step in a family of nested spaces; changes `transforms` and returns True if the objective rose."""
+    symmetry = objective.symmetry
+    family = family_of(symmetry, root)
+    similarities = {space.name: objective.similarity(space, transforms) for space in family}
+    indices = solve_family(symmetry, root, similarities)
+    proposed = dict(transforms) | {name: Permutation(rows) for name, rows in indices.items()}
+    if not objective.is_coupled(root):
+        before = paired_value(symmetry, root, similarities, transforms)
+        after = paired_value(symmetry, root, similarities, proposed)
+        accepted = after - before > GAIN * max(abs(before), abs(after))
+        if accepted:
+            transforms |= proposed
+        return accepted
+    return improve_coupled(objective, root, transforms, proposed)
+
+
+def improve_coupled(
+    objective: WeightObjective, root: Space, transforms: dict[str, Transform], proposed: dict[str, Transform]
+) -> bool:
+    """As `improve_family` where the objective is not linear in the family: steps are taken only if it truly rises."""
+    before = objective.value(transforms, root)
+    best, value = transforms, before
+    for candidate in (proposed, dict(transforms)):
+        for space in family_of(objective.symmetry, root):
+            inner = solve_laps(objective.inner_similarity(space, candidate))
+            trial = {**candidate, space.name: Permutation(inner)}
+            if objective.value(trial, root) > objective.value(candidate, root):
+                candidate = trial
+        reached = objective.value(candidate, root)
+        if reached > value:
+            best, value = candidate, reached
+    if value - before > GAIN * max(abs(before), abs(value)):
+        transforms.update(best)
+        return True
+    return False
+
+
+def merge_many(
+    problem: Problem, transforms: Sequence[dict[str, Transform]], max_rounds: int
+) -> tuple[list[dict[str, Transform]], int, bool]:
+    """Matches each model in turn to the mean of the others, until the summed inner product stops rising.
+
+    Returns:
+        The transforms, the number of rounds, and whether it converged.
+    """
+    symmetry, parameters = problem.symmetry, problem.parameters
+    rng = np.random.default_rng([problem.seed, len(transforms)])
+    transforms = list(transforms)
+    moved = [move_state(state, t, symmetry) for state, t in zip(problem.states, transforms, strict=True)]
+    for rounds in range(1, max_rounds + 1):
+        improved = False
+        for index in rng.permutation(len(moved)):
+            mean = mean_of([state for other, state in enumerate(moved) if other != index], parameters)
+            objective = WeightObjective(symmetry, mean, moved[index], parameters)
+            start = identity_transforms(symmetry)
+            step, _ = descend(objective, start, max_rounds, rng)
+            before, after = objective.value(start), objective.value(step)
+            if after - before > GAIN * max(abs(before), abs(after)):
+                transforms[index] = compose(step, transforms[index], symmetry)
+                moved[index] = move_state(problem.states[index], transforms[index], symmetry)
+                improved = True
+        if not improved:
+            return transforms, rounds, True
+    return transforms, max_rounds, False
+
+
+def mean_of(states: Sequence[State], parameters: frozenset[str]) -> State:
+    """The mean of the trained tensors of several states."""
+    return {name: torch.stack([state[name].float() for state in states]).mean(dim=0) for name in parameters}
+
+
+def total_value(problem: Problem, transforms: Sequence[dict[str, Transform]]) -> tuple[float, float]:
+    """The objective and its upper bound, summed over all pairs of models."""
+    value = bound = 0.0
+    states = problem.states
+    spectra: dict[int, Spectra] = {}
+    for first in range(len(states)):
+        fixed = move_state(states[first], transforms[first], problem.symmetry)
+        for second in range(first + 1, len(states)):
+            objective = WeightObjective(problem.symmetry, fixed, states[second], problem.parameters)
+            for index in (first, second):
+                if index not in spectra:
+                    spectra[index] = objective.spectra(states[index])
+            value += objective.value(transforms[second])
+            bound += objective.upper_bound(spectra[first], spectra[second])
+    return value, bound
+
+
+def ascend(
+    objective: WeightObjective,
+    start: Mapping[str, Transform],
+    max_sweeps: int,
+    rng: np.random.Generator,
+    improve: Callable[[WeightObjective, Space, dict[str, Transform]], bool],
+) -> tuple[dict[str, Transform], bool]:
+    """Coordinate ascent from a start, families in random order; the transforms, and whether it ended by itself.
+
+    Args:
+        objective: What is to rise.
+        start: Where to start.
+        max_sweeps: How often to go through all families at most.
+        rng: Draws their order.
+        improve: One step in a family of nested spaces, given its root; changes the transforms and returns True if the
+            objective rose.
+    """
+    transforms = dict(start)
+    roots = objective.families()
+    for root in roots:
+        objective.moved_by(root)
+    stamps: dict[str, tuple[int, ...]] = {}
+    for _ in range(max_sweeps):
+        improved = False
+        for index in rng.permutation(len(roots)):
+            root = roots[index]
+            stamp = objective.stamp(root)
+            if stamps.get(root.name) == stamp:
+                continue
+            stamps[root.name] = stamp
+            if improve(objective, root, transforms):
+                objective.moved_by(root)
+                improved = True
+        if not improved:
+            return transforms, True
+    return transforms, False

@@ -1,0 +1,1 @@
+"""Measurements between models: lines, planes, cycles, and all methods beside one another."""

@@ -1,0 +1,275 @@
+"""Comparing: matching methods × averages × repairs on the same models, beside their parents and the ensemble."""
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from isthmus.average import AVERAGES
+from isthmus.average.base import Average
+from isthmus.data.batches import is_labelled
+from isthmus.errors import DataError, InputError, IsthmusError
+from isthmus.match import METHODS, align
+from isthmus.match.base import Match
+from isthmus.merging.merge import merge
+from isthmus.merging.repair import REPAIRS, repair
+from isthmus.observe.given import as_modules, symmetry_of
+from isthmus.observe.running_statistics import normalisation_layers
+from isthmus.observe.score import Ensemble, Score, evaluate
+from isthmus.progress import progress
+from isthmus.registry import configure_text, spell
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.symmetry import Symmetry
+
+RAW = "raw"
+DEFAULT_AVERAGES = ("mean", "pleas")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of merging, and what came of it.
+
+    Attributes:
+        method: Matching method.
+        average: How the aligned weights were averaged.
+        repair: `"raw"`, `"reset"` or `"repair"`.
+        loss: Mean loss of the merged model on the scored data; None if it could not be made.
+        accuracy: Share of right predictions; None where targets are no classes.
+        barrier: The loss above the mean loss of the parents.
+        error_barrier: The error above the mean error of the parents.
+        seconds: Wall time of matching, averaging and repairing.
+        memory: Largest growth of the process's memory meanwhile, in bytes; None where it cannot be read.
+        note: Why there are no figures, or "".
+    """
+
+    method: str
+    average: str
+    repair: str
+    loss: float | None = None
+    accuracy: float | None = None
+    barrier: float | None = None
+    error_barrier: float | None = None
+    seconds: float | None = None
+    memory: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of a comparison, and what they are measured against.
+
+    Attributes:
+        parents: The models' own scores.
+        ensemble: Score of the mean of their class scores.
+        rows: One a way of merging, in the order of the methods.
+    """
+
+    parents: tuple[Score, ...]
+    ensemble: Score
+    rows: tuple[Row, ...] = field(default=())
+
+    @property
+    def best(self) -> Row | None:
+        """The row with the lowest loss."""
+        scored = [row for row in self.rows if row.loss is not None and math.isfinite(row.loss)]
+        return min(scored, key=lambda row: row.loss if row.loss is not None else math.inf, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain JSON values."""
+        return asdict(self)
+
+    def to_markdown(self) -> str:
+        """The table as Markdown."""
+        lines = [
+            "| method | average | repair | accuracy | loss | barrier | seconds | memory |",
+            "|---|---|---|--:|--:|--:|--:|--:|",
+        ]
+        lines += [
+            f"| parent {index} | | | {share(score.accuracy)} | {score.loss:.4f} | | | |"
+            for index, score in enumerate(self.parents)
+        ]
+        lines.append(f"| ensemble | | | {share(self.ensemble.accuracy)} | {self.ensemble.loss:.4f} | | | |")
+        for row in self.rows:
+            start = f"| {row.method} | {row.average} | {row.repair} |"
+            if row.note:
+                lines.append(f"{start} {row.note} | | | | |")
+                continue
+            memory = "–" if row.memory is None else f"{row.memory / 2**20:.0f} MiB"
+            lines.append(
+                f"{start} {share(row.accuracy)} | {row.loss:.4f} | {row.barrier:.4f} | {row.seconds:.1f} | {memory} |"
+            )
+        return "\n".join(lines) + "\n"
+
+
+def compare(
+    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    data: Any,
+    calibration: Any = None,
+    symmetry: Symmetry | None = None,
+    *,
+    methods: Sequence[str | Match] | None = None,
+    averages: Sequence[str | Average] = DEFAULT_AVERAGES,
+    repairs: Sequence[str] = (RAW, *REPAIRS),
+    base: nn.Module | Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    module: nn.Module | None = None,
+) -> Comparison:
+    """Merges the same models in every way asked for, and scores each result on `data`.
+
+    A way that cannot be taken, such as REPAIR after linear maps, has its reason as the row's note; nothing is left out.
+
+    Args:
+        models: Two or more modules or state dicts of one architecture.
+        data: Labelled batches to score on.
+        calibration: Training batches for methods, averages and repairs that need them; never the data scored on.
+        symmetry: What `trace` returned; found from the calibration data if left out.
+        methods: Names in `METHODS`, with options as in `orthogonal_matching?start=activations`, or configured methods;
+            by default all whose needs are met.
+        averages: Names in `AVERAGES`, likewise, or configured averages.
+        repairs: `"raw"`, `"reset"`, `"repair"`.
+        base: The common ancestor, for averages that need it.
+        seed: Seeds everything random.
+        module: The architecture, where all models are state dicts.
+
+    Raises:
+        DataError: Data without targets, or no calibration where a repair needs it.
+        InputError: Fewer than two models, or an unknown method, average or repair.
+    """
+    modules = as_modules(models, module)
+    if len(modules) < 2:
+        raise InputError("one model: comparing ways to merge needs at least two")
+    unknown = [each for each in repairs if each not in (RAW, *REPAIRS)]
+    if unknown:
+        raise InputError(f"repair {unknown[0]!r}: choose from {', '.join((RAW, *REPAIRS))}")
+    if calibration is None and any(each != RAW for each in repairs):
+        raise DataError("repairs measure statistics: give calibration=, training batches, or repairs=['raw']")
+    ways = [configure_text("average", each, AVERAGES) if isinstance(each, str) else each for each in averages]
+    chosen = choose_methods(methods, calibration)
+    symmetry = symmetry_of(modules[0], symmetry, None, calibration if calibration is not None else data)
+    parents = tuple(evaluate(model, data) for model in modules)
+    ensemble = evaluate(Ensemble(modules), data)
+    mending = [each for each in repairs if each != "reset" or normalisation_layers(modules[0])]
+    rows: list[Row] = []
+    for method in progress(chosen, "comparing methods"):
+        found, matching = measured(partial(align, modules, symmetry, method, calibration, seed))
+        for average in ways:
+            made, averaging = found, Spent()
+            if isinstance(found, Alignment):
+                made, averaging = measured(
+                    partial(merge, modules, found, average, data=calibration, base=base, seed=seed)
+                )
+            for kind in mending:
+                row, mended, repairing = Row(spell(method), spell(average), kind), made, Spent()
+                if isinstance(made, nn.Module):
+                    mended, repairing = measured(partial(mend, made, kind, calibration, modules, found))
+                if not isinstance(mended, nn.Module):
+                    rows.append(replace(row, note=str(mended)))
+                else:
+                    spent = (matching, averaging, repairing)
+                    rows.append(score_row(row, evaluate(mended, data), parents, spent))
+    return Comparison(parents, ensemble, tuple(rows))
+
+
+def choose_methods(methods: Sequence[str | Match] | None, data: Any) -> list[Match]:
+    """The configured methods; by default all whose needs the data meets."""
+    if methods is not None:
+        return [configure_text("matching method", each, METHODS) if isinstance(each, str) else each for each in methods]
+    met = {""} if data is None else {"", "data", "labels"} if is_labelled(data) else {"", "data"}
+    return [method for name, build in METHODS.items() if name != "auto" and (method := build()).needs in met]
+
+
+def measured(step: Callable[[], Any]) -> tuple[Any, "Spent"]:
+    """What a step returns, or the message of a deliberate error, which becomes the row's note; and what it took."""
+    with measuring() as spent:
+        try:
+            found = step()
+        except IsthmusError as error:
+            found = str(error)
+    return found, spent
+
+
+def mend(merged: nn.Module, kind: str, calibration: Any, parents: Sequence[nn.Module], found: Alignment) -> nn.Module:
+    """The merged model, repaired.
+
+    Raises:
+        DataError: Its statistics are undefined and it is to be left raw.
+    """
+    if kind == RAW:
+        if merged.needs_repair:
+            raise DataError("undefined without repair: a linear map met running variances")
+        return merged
+    return repair(merged, calibration, kind, parents=parents, alignment=found)
+
+
+def score_row(start: Row, score: Score, parents: Sequence[Score], spent: Sequence["Spent"]) -> Row:
+    """A row with its figures."""
+    mean_loss = sum(parent.loss for parent in parents) / len(parents)
+    accuracies = [parent.accuracy for parent in parents if parent.accuracy is not None]
+    error_barrier = None
+    if score.accuracy is not None and len(accuracies) == len(parents):
+        error_barrier = sum(accuracies) / len(accuracies) - score.accuracy
+    grown = [each.memory for each in spent if each.memory is not None]
+    return replace(
+        start,
+        loss=score.loss,
+        accuracy=score.accuracy,
+        barrier=score.loss - mean_loss,
+        error_barrier=error_barrier,
+        seconds=sum(each.seconds for each in spent),
+        memory=max(grown) if grown else None,
+    )
+
+
+@dataclass(eq=False)
+class Spent:
+    """What a step took: seconds, and the largest growth of the process's memory in bytes, where it can be read."""
+
+    seconds: float = 0.0
+    memory: int | None = None
+
+
+@contextmanager
+def measuring() -> Iterator[Spent]:
+    """Measures the time and, on Linux, the memory that its body takes."""
+    spent, start, before = Spent(), time.perf_counter(), resident_bytes()
+    peak, done = [before or 0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], resident_bytes() or 0)
+
+    watcher = threading.Thread(target=watch, daemon=True) if before is not None else None
+    if watcher:
+        watcher.start()
+    try:
+        yield spent
+    finally:
+        done.set()
+        if watcher:
+            watcher.join()
+        spent.seconds = time.perf_counter() - start
+        after = resident_bytes()
+        if before is not None and after is not None:
+            spent.memory = max(0, max(peak[0], after) - before)
+
+
+def resident_bytes() -> int | None:
+    """The process's resident memory, or None where the system does not tell."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return None
+
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def share(value: float | None) -> str:
+    """A share as text."""
+    return "–" if value is None else f"{100 * value:.2f} %"

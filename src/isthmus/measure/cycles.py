@@ -1,0 +1,198 @@
+"""Whether matchings of several models fit together: what is lost around triangles, and lines between moved models."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from isthmus.errors import InputError
+from isthmus.match import align
+from isthmus.match.base import Match
+from isthmus.measure.connect import Curve, connect
+from isthmus.observe.given import as_modules
+from isthmus.progress import progress
+from isthmus.registry import spell
+from isthmus.symmetry.alignment import Alignment, apply
+from isthmus.symmetry.spaces import Space
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import Permutation, Transforms, as_matrix, compose, flat_indices
+
+Triangle = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class CycleError:
+    """How far from the identity pairwise matchings end when they are composed around every triangle of models.
+
+    Attributes:
+        method: Name of the matching method.
+        triangles: Three models in the order in which they are walked, a → b → c → a: every three of them, both ways
+            round. From another corner on, the same share is lost.
+        lost: Per space and triangle, the share of units, over all copies, that do not come back to their place, where
+            all maps are permutations.
+        distances: Per space and triangle, ‖T − I‖_F / √n of the composed map T over the n units of all copies; for
+            permutations that is √2 times the root of the share lost.
+    """
+
+    method: str
+    triangles: tuple[Triangle, ...]
+    lost: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    distances: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def share_lost(self) -> float:
+        """The mean share of units lost, over triangles and spaces; NaN where nothing is a permutation."""
+        return mean_of(self.lost)
+
+    @property
+    def distance(self) -> float:
+        """The mean distance from the identity, over triangles and spaces; NaN where nothing can move."""
+        return mean_of(self.distances)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain JSON values; what was not measured is None."""
+        means = {"share_lost": self.share_lost, "distance": self.distance}
+        return {
+            "method": self.method,
+            "triangles": [list(triangle) for triangle in self.triangles],
+            "lost": {name: list(values) for name, values in self.lost.items()},
+            "distances": {name: list(values) for name, values in self.distances.items()},
+            **{name: None if math.isnan(value) else value for name, value in means.items()},
+        }
+
+
+def mean_of(values: Mapping[str, Sequence[float]]) -> float:
+    """The mean of all values; NaN if there are none."""
+    every = list(itertools.chain.from_iterable(values.values()))
+    return math.fsum(every) / len(every) if every else float("nan")
+
+
+def cycle_error(
+    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    symmetry: Symmetry,
+    method: str | Match = "weight_matching",
+    data: Any = None,
+    seed: int = 0,
+    *,
+    module: nn.Module | None = None,
+) -> CycleError:
+    """Matches all ordered pairs of models on their own and composes the maps around every triangle.
+
+    The map from a to b and that from b to a are found independently too, and each triangle is walked both ways round.
+    Matching all models at once, into one frame, leaves no error by construction; this tells how much of the pairwise
+    matchings such a frame has to contradict.
+
+    Args:
+        models: Three or more modules or state dicts of one architecture.
+        symmetry: What `trace` returned for it.
+        method: A name in `METHODS`, or a configured method.
+        data: Re-iterable batches, for methods that need them.
+        seed: Seeds every matching.
+        module: The architecture, where all models are state dicts.
+
+    Raises:
+        DataError: The method needs data and got none it can use.
+        InputError: Fewer than three models, or an unknown method.
+        ModelError: The models are not of one architecture, or hold NaN or infinite weights.
+    """
+    if len(models) < 3:
+        raise InputError(f"{len(models)} models: a cycle needs three at least")
+    modules = as_modules(models, module)
+    name = method if isinstance(method, str) else spell(method)
+    # found[a, b] carries model a into the own frame of model b.
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for a, b in progress(list(itertools.permutations(range(len(modules)), 2)), f"{name}, all ordered pairs"):
+        found[a, b] = align([modules[b], modules[a]], symmetry, method, data, seed).between(0, 1)
+    lost: dict[str, list[float]] = {}
+    distances: dict[str, list[float]] = {}
+    threes = itertools.combinations(range(len(modules)), 3)
+    triangles = tuple(walk for a, b, c in threes for walk in ((a, b, c), (a, c, b)))
+    for a, b, c in triangles:
+        around = compose(found[c, a], compose(found[b, c], found[a, b], symmetry), symmetry)
+        for space in symmetry:
+            if isinstance(around[space.name], Permutation):
+                share = share_lost(around, symmetry, space)
+                lost.setdefault(space.name, []).append(share)
+                distances.setdefault(space.name, []).append(math.sqrt(2 * share))
+            else:
+                distances.setdefault(space.name, []).append(distance_from_identity(around, symmetry, space))
+    return CycleError(
+        name,
+        triangles,
+        {space: tuple(values) for space, values in lost.items()},
+        {space: tuple(values) for space, values in distances.items()},
+    )
+
+
+def share_lost(transforms: Transforms, symmetry: Symmetry, space: Space) -> float:
+    """The share of a space's units, over all copies, that a permutation does not leave in their place."""
+    where = flat_indices(transforms, symmetry, space)
+    return float(np.mean(where != np.arange(len(where))))
+
+
+def distance_from_identity(transforms: Transforms, symmetry: Symmetry, space: Space) -> float:
+    """‖T − I‖_F / √n of a space's linear map, over the units of all copies, with its parents' moves included."""
+    into = as_matrix(transforms[space.name]).into.double()
+    copies, _, units = into.shape
+    rows = np.arange(copies)
+    if space.parent is not None:
+        rows = flat_indices(transforms, symmetry, symmetry[space.parent])
+    same = torch.from_numpy(rows == np.arange(copies)).to(into.device)
+    # A copy that stands in another one's slot overlaps with the identity nowhere.
+    inside = (into - torch.eye(units, dtype=into.dtype, device=into.device)).square().sum(dim=(1, 2))
+    outside = into.square().sum(dim=(1, 2)) + units
+    return math.sqrt(float(torch.where(same, inside, outside).sum()) / (copies * units))
+
+
+def pairwise_barriers(
+    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    alignment: Alignment,
+    data: Any,
+    calibration: Any = None,
+    points: int = 11,
+    *,
+    repair: str | None = "reset",
+    module: nn.Module | None = None,
+) -> dict[tuple[int, int], Curve]:
+    """The line between every two of the moved models, by their numbers.
+
+    Matching B and C to A brings each near A; whether B and C, moved, are near each other too was not asked for. If they
+    are, all three lie in one basin.
+
+    Args:
+        models: The aligned models, in order.
+        alignment: What `align` returned for them.
+        data: Labelled batches to score on.
+        calibration: Training data for BatchNorm statistics, never the data that is scored on.
+        points: How many λ along each line.
+        repair: As in `connect`.
+        module: The architecture, where all models are state dicts.
+
+    Returns:
+        A `Curve` for every pair of numbers a < b; `.barrier` is its barrier.
+
+    Raises:
+        DataError: Data that cannot be used, or no `calibration` for a network with BatchNorm.
+        InputError: Fewer than two models, or not as many as were aligned.
+        ModelError: The models are not of one architecture, or hold NaN or infinite weights.
+        TransformError: A transform cannot act exactly (a running variance under a linear map).
+
+    Source: Ito, Yamada, Kumagai, Analysis of Linear Mode Connectivity via Permutation-Based Weight Matching, ICLR 2025,
+        whose test on three models this is.
+    """
+    if len(models) < 2 or len(models) != len(alignment):
+        raise InputError(
+            f"{len(models)} models, and an alignment of {len(alignment)}: give the aligned models, two at least"
+        )
+    modules = as_modules(models, module)
+    moved = [apply(alignment, model, index) for index, model in enumerate(modules)]
+    pairs = list(itertools.combinations(range(len(moved)), 2))
+    return {
+        (a, b): connect(moved[a], moved[b], data, points, repair, calibration)
+        for a, b in progress(pairs, "walking all lines")
+    }

@@ -1,0 +1,281 @@
+"""Repair: what averaging did to the statistics of activations, mended from data. No gradient is used.
+
+Averaging pulls the pre-activations of merged units together: their variance collapses with depth. `reset` measures the
+running statistics of normalisation layers again; `repair` gives every unit the statistics of its parents.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from isthmus.average.coefficients import Given, check_coefficients
+from isthmus.data.batches import Batch, check_data, read_batches
+from isthmus.errors import InputError, ModelError, TransformError
+from isthmus.graph.capture import Program
+from isthmus.graph.reader import Reader, program_for
+from isthmus.observe.given import as_modules, symmetry_of
+from isthmus.observe.layers import shared_weights
+from isthmus.observe.running_statistics import normalisation_layers, reset_statistics
+from isthmus.progress import progress
+from isthmus.state import first_float
+from isthmus.symmetry.alignment import Alignment
+from isthmus.symmetry.groups import keeps_function
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.symmetry.transform import move_state
+
+REPAIRS = ("reset", "repair")
+
+# Standard deviations below this share of the largest are taken for units that never vary; they are only shifted.
+DEAD = 1e-6
+
+
+def repair(
+    merged: nn.Module,
+    data: Any,
+    method: str = "reset",
+    *,
+    parents: Sequence[nn.Module | Mapping[str, Tensor]] | None = None,
+    alignment: Alignment | None = None,
+    coefficients: Given = None,
+) -> nn.Module:
+    """A new module with the statistics of the merged one mended on training data (no labels are used).
+
+    `"reset"` estimates the running mean and variance of every BatchNorm anew; a network without BatchNorm comes back as
+    it is. `"repair"` (REPAIR) gives every hidden unit's pre-activation the mean and the standard deviation that its
+    parents have on average, and folds the change into weights and biases: layers without a bias gain one where nothing
+    else can take the shift, and their names are in the result's `gained_biases`.
+
+    Args:
+        merged: What `merge` returned.
+        data: Re-iterable batches of training data.
+        method: `"reset"` or `"repair"`.
+        parents: For `"repair"`: the models that were merged.
+        alignment: For `"repair"`: the alignment they were merged with; None if they were averaged as they are.
+        coefficients: For `"repair"`: those of the merge.
+
+    Raises:
+        DataError: No data, empty data, or data that can be read only once.
+        InputError: Unknown method, or `"repair"` without parents or with another number of them than was aligned.
+        ModelError: A bias is needed where the layer can hold none, or statistics are undefined outside of BatchNorm
+            modules.
+        TransformError: `"repair"` after linear maps, under which moved parents do not compute what they did.
+    """
+    if method not in REPAIRS:
+        raise InputError(f"repair method {method!r}: choose from {', '.join(REPAIRS)}")
+    check_data(data)
+    if method == "reset":
+        mended = copy.deepcopy(merged).eval()
+        if getattr(merged, "needs_repair", False) and not normalisation_layers(mended):
+            raise ModelError(
+                "the merged model's running statistics are undefined, and it has no BatchNorm module to measure them "
+                "with: align by permutations, or use the model's own reset"
+            )
+        reset_statistics(mended, data)
+    else:
+        if not parents:
+            raise InputError("method='repair' needs parents=, the models that were merged")
+        if alignment is not None and len(alignment) != len(parents):
+            raise InputError(
+                f"{len(parents)} parents, but the alignment holds {len(alignment)}: give the merged models"
+            )
+        mended = rescale(merged, data, as_modules(parents, merged), alignment, coefficients)
+    mended.needs_repair = False  # type: ignore[assignment]
+    return mended
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place where a unit's pre-activation is rescaled: the node, its channel axis, and the tensors that can take it.
+
+    Attributes:
+        node: Graph node of the pre-activation.
+        channel: Its dimension of units.
+        weight: The tensor that takes the scale.
+        channel_of_weight: The weight's dimension of units.
+        bias: The tensor that takes the shift, or None where the layer has to gain one.
+    """
+
+    node: str
+    channel: int
+    weight: str
+    channel_of_weight: int
+    bias: str | None
+
+
+def rescale(
+    merged: nn.Module,
+    data: Any,
+    parents: Sequence[nn.Module],
+    alignment: Alignment | None,
+    coefficients: Given,
+) -> nn.Module:
+    """REPAIR: every hidden pre-activation gets the interpolated mean and standard deviation of its parents.
+
+    Source: Jordan, Sedghi, Saukh, Entezari, Neyshabur, REPAIR, ICLR 2023.
+    """
+    weights = check_coefficients(coefficients, len(parents), merged.state_dict())
+    mended = copy.deepcopy(merged).eval()
+    reset_statistics(mended, data)
+    symmetry = symmetry_of(mended, alignment.symmetry if alignment else None, None, data)
+    if alignment is not None and not keeps_function(alignment):
+        raise TransformError(
+            "REPAIR measures the moved parents, and under linear maps they do not compute what they did: use "
+            "method='reset'"
+        )
+    points = rescaling_points(symmetry)
+    mended.gained_biases = []  # type: ignore[assignment]
+    if not points:
+        return mended
+    means: dict[str, Tensor] = {}
+    deviations: dict[str, Tensor] = {}
+    for index, parent in enumerate(parents):
+        state: Mapping[str, Tensor] = parent.state_dict()
+        if alignment is not None:
+            state = move_state(alignment.prepared(state, index), alignment.transforms[index], symmetry)
+        measured = Statistics(points)
+        run(symmetry, state, data, measured, "measuring a parent")
+        for point in points:
+            mean, deviation = measured.of(point)
+            weight = weights.of(point.weight)[index]
+            means[point.node] = means.get(point.node, 0.0) + weight * mean
+            deviations[point.node] = deviations.get(point.node, 0.0) + weight * deviation
+    own = Statistics(points, {p.node: (means[p.node], deviations[p.node]) for p in points})
+    run(symmetry, mended.state_dict(), data, own, "rescaling")
+    fold(mended, points, own, means, deviations)
+    # Rescaled BatchNorms make up for what changed before them; all others are measured behind it.
+    rescaled = {point.weight for point in points}
+    layers = set(normalisation_layers(mended))
+    layers -= {module for path, module in mended.named_modules() if f"{path}.weight" in rescaled}
+    reset_statistics(mended, data, [layer for layer in normalisation_layers(mended) if layer in layers])
+    return mended
+
+
+def rescaling_points(symmetry: Symmetry) -> list[Point]:
+    """Where hidden units are rescaled: at every BatchNorm that can take it, and at products with a parameter.
+
+    A product that only a BatchNorm reads is left out, since that normalises it anyway.
+    """
+    graph = symmetry.program
+    carriers = graph.activations
+    normalised = {norm.source for norm in graph.batch_norms}
+    users = {node.name: len(node.users) for node in graph.program.graph.nodes}
+    points = [
+        Point(norm.node, 1, norm.weight, 0, norm.bias)
+        for norm in graph.batch_norms
+        if norm.node in carriers and norm.weight and norm.bias
+    ]
+    points += [
+        Point(product.node, product.channel, product.weight, product.output, product.bias)
+        for product in graph.contractions
+        if product.node in carriers and not (product.node in normalised and users[product.node] == 1)
+    ]
+    shared = shared_weights(graph.program)
+    return [point for point in points if point.weight not in shared]  # a shared tensor cannot serve two places
+
+
+class Statistics:
+    """Means and standard deviations of the units at every point, and the rescaling of what passes there.
+
+    Args:
+        points: Where to measure.
+        targets: Mean and standard deviation that each point's value is given before it goes on, batch by batch, so that
+            later points are measured behind repaired ones; None lets values pass as they are.
+    """
+
+    def __init__(self, points: Sequence[Point], targets: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
+        self.points = {point.node: point for point in points}
+        self.targets = targets
+        self.sums: dict[str, Tensor] = {}
+        self.count: dict[str, int] = {}
+
+    def observe(self, node: str, value: Tensor) -> Tensor | None:
+        """Adds a batch at one point; returns the rescaled value where there are targets."""
+        units = value.movedim(self.points[node].channel, 0).reshape(value.shape[self.points[node].channel], -1)
+        mean = units.mean(dim=1, dtype=torch.float64)
+        variance = (units.double() - mean[:, None]).square().mean(dim=1)
+        # Batches are averaged as running statistics are; within a batch the variance is about the batch's own mean.
+        size = units.shape[1]
+        moments = torch.stack([mean, variance + mean.square()]) * size
+        self.sums[node] = self.sums.get(node, 0.0) + moments
+        self.count[node] = self.count.get(node, 0) + size
+        if self.targets is None:
+            return None
+        target_mean, target_deviation = self.targets[node]
+        scale = scale_between(variance.sqrt(), target_deviation)
+        shape = [1] * value.ndim
+        shape[self.points[node].channel] = -1
+        shift = target_mean - scale * mean
+        return value * scale.to(value.dtype).view(shape) + shift.to(value.dtype).view(shape)
+
+    def of(self, point: Point) -> tuple[Float[Tensor, " units"], Float[Tensor, " units"]]:
+        """Mean and standard deviation of a point's units over all batches."""
+        mean, square = self.sums[point.node] / self.count[point.node]
+        return mean, (square - mean.square()).clamp_min(0).sqrt()
+
+
+def scale_between(deviation: Tensor, target: Tensor) -> Tensor:
+    """The factor that turns one standard deviation into another; 1 for units that never vary."""
+    alive = deviation > DEAD * deviation.max().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.where(alive, target / deviation.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+
+
+def run(symmetry: Symmetry, state: Mapping[str, Tensor], data: Any, statistics: Statistics, what: str) -> None:
+    """Runs the graph on all data with `statistics` watching."""
+    program: Program = symmetry.program.program
+    reference = first_float(state)
+    for batch in progress(read_batches(data), what, data):
+        batch: Batch = batch.to(reference.device, reference.dtype)
+        observers = {node: watching(statistics, node) for node in statistics.points}
+        Reader(program_for(program, batch), observers).read(state, batch.clone())
+
+
+def watching(statistics: Statistics, node: str) -> Any:
+    """An observer for one node."""
+    return lambda value: statistics.observe(node, value)
+
+
+def fold(
+    model: nn.Module,
+    points: Sequence[Point],
+    measured: Statistics,
+    means: Mapping[str, Tensor],
+    deviations: Mapping[str, Tensor],
+) -> None:
+    """Puts every point's scale and shift into the tensors that produce it, in place; notes the biases gained."""
+    gained = []
+    tensors = dict(model.named_parameters())
+    with torch.no_grad():
+        for point in points:
+            mean, deviation = measured.of(point)
+            scale = scale_between(deviation, deviations[point.node])
+            shift = means[point.node] - scale * mean
+            weight = tensors[point.weight]
+            shape = [1] * weight.ndim
+            shape[point.channel_of_weight] = -1
+            weight.copy_(weight.double() * scale.view(shape))
+            if point.bias is None:
+                gained.append(gain_bias(model, point.weight, shift.to(weight.dtype)))
+            else:
+                bias = tensors[point.bias]
+                bias.copy_(bias.double() * scale + shift)
+    model.gained_biases = gained  # type: ignore[assignment]
+
+
+def gain_bias(model: nn.Module, weight: str, values: Float[Tensor, " units"]) -> str:
+    """Gives the layer of a weight a bias, and returns its name.
+
+    Raises:
+        ModelError: The layer has no place for a bias.
+    """
+    path, _, own = weight.rpartition(".")
+    layer = model.get_submodule(path)
+    if own != "weight" or not isinstance(layer, nn.Linear | _ConvNd) or layer.bias is not None:
+        raise ModelError(f"{weight}: its layer has no bias and no place for one; use repair(method='reset')")
+    layer.bias = nn.Parameter(values)
+    return f"{path}.bias" if path else "bias"

@@ -1,0 +1,1 @@
+"""One command, one file: from checkpoints on disk to a finished run folder."""

@@ -1,0 +1,141 @@
+"""What may move: spaces, and every place where a tensor touches one."""
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from isthmus.errors import SymmetryError
+
+
+class Group(enum.Enum):
+    """How much may be done to a space's units without changing the function, from least to most."""
+
+    PERMUTATION = "permutation"
+    ORTHOGONAL_FIXING_ONES = "orthogonal fixing ones"
+    ORTHOGONAL = "orthogonal"
+    INVERTIBLE = "invertible"
+
+
+ROLES = ("vector", "covector", "variance", "diagonal")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where a tensor touches a space.
+
+    Attributes:
+        parameter: Name of the parameter or buffer in the state dict.
+        dims: The tensor's dimensions that the space's units lie along; usually one.
+        positions: Indices into the flattened `dims`: entry `[c, i, r]` is the r-th place of unit i of copy c.
+        role: `"vector"` moves with T, `"covector"` with T⁻¹, `"variance"` is permuted and undefined under other maps;
+            `"diagonal"` is a norm's gain, a diagonal matrix D that moves to T D T⁻¹: permuted, kept by a linear map if
+            its entries are all equal, and else to be folded into its consumers first.
+    """
+
+    parameter: str
+    dims: tuple[int, ...]
+    positions: Int[np.ndarray, "copies size repeat"]
+    role: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise SymmetryError(f"role {self.role!r} of {self.parameter}: use one of {', '.join(ROLES)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """A hidden axis whose units may be re-labelled: every permutation of it keeps the network's function.
+
+    Attributes:
+        name: The module that produces the units, made unique.
+        size: Units in one copy.
+        group: The largest group known to keep the function.
+        sites: Every place where a parameter or buffer touches the space.
+        parent: Name of the space whose units are this space's copies (heads of head units), or None.
+        copies: Independent copies, each with its own permutation; 1 unless the space is nested.
+    """
+
+    name: str
+    size: int
+    group: Group
+    sites: tuple[Site, ...]
+    parent: str | None = None
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A product with a parameter that reads a normalised value, so that it can take in the norm's gain.
+
+    Attributes:
+        weight: The parameter, which nothing else reads.
+        dim: Its dimension that the product sums over.
+        bias: The bias that is added to the product and can take in the norm's shift; None where there is none.
+    """
+
+    weight: str
+    dim: int
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A norm's gain, one factor a unit: `offset + parameter`.
+
+    Attributes:
+        parameter: The tensor.
+        offset: What is added to it before it multiplies: 0, or 1 where zero stands for no gain.
+        bias: The shift that is added behind the gain, or None.
+        consumers: All that reads the product, where the gain can be folded into it.
+        obstacle: Why the gain cannot be folded; empty where it can.
+    """
+
+    parameter: str
+    offset: float = 0.0
+    bias: str | None = None
+    consumers: tuple[Consumer, ...] = ()
+    obstacle: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Gauge:
+    """A freedom of single units, or of pairs, that is no permutation.
+
+    What writes a unit may be multiplied by a factor, and what reads it divided by it. Pairs of units of queries that
+    rotary positions turn may be turned and scaled; those of keys are then turned alike, and divided by the scale.
+
+    Attributes:
+        space: Name of the space whose units these are; of pairs, which are in no space, a name of their own.
+        kind: `"sign"`, factors of 1 and −1, `"scale"`, positive ones, or `"rotation"`, of pairs.
+        sites: Of pairs: where tensors hold them, [heads, pairs, 2 · members]; queries have the role "vector" and keys
+            "covector".
+    """
+
+    space: str
+    kind: str
+    sites: tuple[Site, ...] = ()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Units that cannot move, and why.
+
+    Attributes:
+        parameter: The tensor whose units these are.
+        dim: Its dimension, or the dimensions joined by a comma.
+        units: How many of its units are frozen.
+        operation: The operation that froze them, or "" for an input, an output or a structural reason.
+        module: Path of the module in which that operation runs.
+        reason: One sentence.
+        expected: False where an operation without a rule, or an irregular pattern, lost symmetry.
+    """
+
+    parameter: str
+    dim: str
+    units: int
+    operation: str
+    module: str
+    reason: str
+    expected: bool = True

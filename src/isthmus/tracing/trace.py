@@ -1,0 +1,53 @@
+"""Finds a network's symmetry by executing its graph on labels, and proves it on the network itself."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from isthmus.graph.capture import capture, state_tensors, tied_names
+from isthmus.symmetry.symmetry import Symmetry
+from isthmus.tracing.absorption import settle
+from isthmus.tracing.description import describe_frozen, describe_graph, describe_spaces
+from isthmus.tracing.execute import execute
+from isthmus.tracing.rotary import find_rotations
+from isthmus.tracing.rules import RULES
+from isthmus.tracing.spaces import solve
+
+
+def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str, Any] | None = None) -> Symmetry:
+    """The model's symmetry: every space whose units can be re-labelled without changing the function.
+
+    The graph is captured in `eval()`; the model is left as it was. Operations without a rule freeze the axes that reach
+    them and are listed in `Symmetry.frozen`: what is found may be less than what exists, and `verify` proves it right.
+
+    Args:
+        model: A module, or a program exported from one in `eval()`.
+        inputs: Example inputs, as the model's `forward` takes them; a batch of two is best.
+        kwargs: Example keyword inputs.
+
+    Raises:
+        InputError: No example input was given.
+        ModelError: The model holds quantised or sparse tensors.
+        TraceError: The model cannot be captured on these inputs.
+    """
+    state = state_tensors(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    program = capture(model, inputs, kwargs)
+    tracing = execute(program, RULES)
+    gains = settle(tracing, program)
+    places = solve(tracing)
+    spaces, gauges, names = describe_spaces(tracing, places, list(shapes), gains)
+    tied = tied_names(model)
+    read = set(tracing.parameters) | {alias for alias, name in tied.items() if name in tracing.parameters}
+    return Symmetry(
+        spaces=tuple(spaces),
+        frozen=tuple(describe_frozen(tracing, places)),
+        shapes=shapes,
+        tied=tied,
+        untouched=tuple(name for name in shapes if name not in read and state[name].is_floating_point()),
+        gains=tuple(gains),
+        gauges=(*gauges, *find_rotations(tracing, program)),
+        program=describe_graph(tracing, places, program, names),
+    )
