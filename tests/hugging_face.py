@@ -81,9 +81,9 @@ READS = {
 def transformers():
     """The package, silent; where torchvision is broken it has to be mended first, as `load_model` does."""
     pytest.importorskip("transformers", reason=REASON)
-    from isthmus.models.hugging_face import import_transformers
+    from isthmus.models.hugging_face import _import_transformers
 
-    package = import_transformers("hf:tests")
+    package = _import_transformers("hf:tests")
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
     package.utils.logging.set_verbosity_error()
     return package

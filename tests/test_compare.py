@@ -9,7 +9,7 @@ import torch
 import isthmus
 from isthmus.errors import DataError, InputError
 from isthmus.match.weight_matching import WeightMatching
-from isthmus.measure.compare import measuring
+from isthmus.measure.compare import _measuring
 from isthmus.report.bars import draw_comparison
 from pairs import MLP, VGG_BN, data_of, symmetry, trained
 
@@ -93,7 +93,7 @@ def test_the_picture_and_the_json_hold_all_rows():
 
 
 def test_time_and_memory_are_those_of_the_step():
-    with measuring() as spent:
+    with _measuring() as spent:
         held = torch.ones(50_000_000)  # 200 MB, written to
         time.sleep(0.1)
     assert spent.seconds >= 0.1

@@ -10,7 +10,7 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import DataError, InputError, ModelError
-from isthmus.measure.connect import Curve, barrier_of, interpolate
+from isthmus.measure.connect import Curve, _barrier_of, interpolate
 from isthmus.observe.score import Ensemble
 from oracles import git_rebasin as oracle
 from pairs import CNN, MLP, RESNET20, data_of, fresh, lively, symmetry, trained
@@ -50,7 +50,7 @@ def test_the_midpoint_barrier_is_the_rise_at_one_half():
 
 def test_a_loss_that_is_not_a_number_is_no_low_barrier():
     assert math.isnan(line([1.0, math.nan, 1.0]).barrier)
-    assert math.isnan(barrier_of((), ()))
+    assert math.isnan(_barrier_of((), ()))
     assert line([1.0, math.inf, 1.0]).barrier == math.inf
 
 

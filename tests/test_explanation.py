@@ -17,7 +17,7 @@ from isthmus.checkpoint import load_module
 from isthmus.data import load_data
 from isthmus.errors import CheckpointError, DataError, InputError, IsthmusError
 from isthmus.models import load_model
-from isthmus.runs.load_run import with_biases
+from isthmus.runs.load_run import _with_biases
 from isthmus.runs.recipe import Alignment, Data, Member, Recipe
 from isthmus.runs.run_explain import Wishes, explain_run
 from isthmus.runs.run_merge import run_merge
@@ -225,7 +225,7 @@ def test_linear_maps(method, bench, tmp_path):
 
 def ratios(run: Path, spec: str, models, at: str = "pre") -> list[float]:
     """The variance of a run's units over its models', from the files alone."""
-    parents = [with_biases(load_module(path, load_model(spec)).eval(), gained(run)) for path in models]
+    parents = [_with_biases(load_module(path, load_model(spec)).eval(), gained(run)) for path in models]
     network = load_module(run / "model.safetensors", parents[0]).eval()
     scored = load_data("digits").test(100, seed=0).take(100)
     sym = isthmus.trace(parents[0], next(iter(scored))[0][:2])
@@ -262,12 +262,12 @@ def test_biases_are_added_where_layers_can_hold_them():
         nn.Linear(3, 4, bias=False), nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False), nn.Conv2d(6, 8, 1, bias=False)
     )
     before = copy.deepcopy(net.state_dict())
-    grown = with_biases(net, ["0.bias", "1.bias", "2.bias"])
+    grown = _with_biases(net, ["0.bias", "1.bias", "2.bias"])
     assert [len(grown[index].bias) for index in range(3)] == [4, 6, 8]
     assert net.state_dict().keys() == before.keys()
     for name in ("7.bias", "0.weight", "bias", ""):
         with refuses(CheckpointError, "there is no such layer"):
-            with_biases(net, [name])
+            _with_biases(net, [name])
 
 
 def test_vectors_get_no_pictures(bench, tmp_path):

@@ -12,9 +12,9 @@ import isthmus
 from isthmus.errors import ModelError, SymmetryError, TransformError
 from isthmus.symmetry import Group, LinearMap, Permutation, Space, Symmetry, keeps_function
 from isthmus.symmetry.gains import fold_state, foldable
-from isthmus.symmetry.groups import belongs, complement_of_ones, nearest_element, random_element
+from isthmus.symmetry.groups import _belongs, _complement_of_ones, nearest_element, random_element
 from isthmus.symmetry.transform import compose, invert, move_state
-from isthmus.tracing.random_network import outputs
+from isthmus.tracing.random_network import _outputs
 from pairs import VGG_BN, lively, symmetry
 from prenorm import CENTRED, CONFIGS, REFUSED, Config, Transformer, symmetry_of, tokens, transformer
 from refusals import refuses
@@ -27,7 +27,7 @@ ROUNDING = 1e-12
 
 def compute(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The outputs in float64, also where a norm casts to float32."""
-    (found,) = outputs(double(model), double(model).state_dict(), (x,), {})
+    (found,) = _outputs(double(model), double(model).state_dict(), (x,), {})
     return found
 
 
@@ -293,13 +293,13 @@ def test_random_elements_belong_to_their_group_and_those_above(group, copies):
     assert first.into.shape == (copies, 5, 5)
     assert not torch.equal(first.into, second.into)
     for other in LARGER:
-        assert belongs(first, other) == (LARGER.index(other) >= LARGER.index(group))
-    assert not belongs(first, Group.PERMUTATION)
-    assert belongs(Permutation.random(space, rng), group)
+        assert _belongs(first, other) == (LARGER.index(other) >= LARGER.index(group))
+    assert not _belongs(first, Group.PERMUTATION)
+    assert _belongs(Permutation.random(space, rng), group)
 
 
 def test_the_complement_of_ones_is_orthonormal():
-    basis = complement_of_ones(6)
+    basis = _complement_of_ones(6)
     np.testing.assert_allclose(basis.T @ basis, np.eye(5), atol=1e-15)
     np.testing.assert_allclose(basis.sum(axis=0), 0, atol=1e-15)
 
@@ -311,7 +311,7 @@ def test_the_nearest_element_is_in_the_group_and_none_is_nearer(group, rank):
     matrix = torch.from_numpy(rng.normal(size=(5, rank)) @ rng.normal(size=(rank, 5)))
     into, value = nearest_element(matrix, group)
     orthogonal = Group.ORTHOGONAL if group is Group.INVERTIBLE else group
-    assert belongs(LinearMap(into, into.T.contiguous()), orthogonal)
+    assert _belongs(LinearMap(into, into.T.contiguous()), orthogonal)
     assert float((into * matrix).sum()) == pytest.approx(float(value))
     for _ in range(200):
         other = random_element(Space("s", 5, orthogonal, ()), rng)

@@ -12,8 +12,8 @@ from torch import nn
 import isthmus
 from isthmus.errors import SymmetryError
 from isthmus.symmetry import Gauge, Symmetry
-from isthmus.symmetry.gauges import balancing_factors, random_factors, rescaled
-from isthmus.tracing.random_network import fresh_inputs, outputs
+from isthmus.symmetry.gauges import _balancing_factors, random_factors, rescaled
+from isthmus.tracing.random_network import _fresh_inputs, _outputs
 from pairs import MLP, VGG_BN, fresh, inputs_of, stir, symmetry
 from refusals import refuses
 from zoo import ZOO, built, double, traced
@@ -54,13 +54,13 @@ def test_gauges_are_found_by_evidence(name):
 @pytest.mark.parametrize("name", [name for name in ZOO if traced(name).gauges])
 def test_factors_keep_the_function(name):
     model, sym = double(built(name)), traced(name)
-    args, kwargs = fresh_inputs(model.inputs(), np.random.default_rng(1))
+    args, kwargs = _fresh_inputs(model.inputs(), np.random.default_rng(1))
     state = model.state_dict()
     moved = rescaled(state, sym, random_factors(sym, np.random.default_rng(0)))
     assert any(not torch.equal(tensor, moved[key]) for key, tensor in state.items())
-    expected = outputs(model, state, args, kwargs)
+    expected = _outputs(model, state, args, kwargs)
     for other in (moved, isthmus.canonicalise(model, sym).state_dict()):
-        for found, wanted in zip(outputs(model, other, args, kwargs), expected, strict=True):
+        for found, wanted in zip(_outputs(model, other, args, kwargs), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
@@ -107,7 +107,7 @@ def test_canonical_scales_are_balanced_and_make_the_weights_smallest():
 
     for gauge in sym.gauges:
         if gauge.kind == "scale":
-            factors = balancing_factors(state, sym[gauge.space])
+            factors = _balancing_factors(state, sym[gauge.space])
             torch.testing.assert_close(factors, torch.ones_like(factors), rtol=1e-9, atol=0)
     assert size(state) < size(net.state_dict())
     for seed in range(20):

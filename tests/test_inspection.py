@@ -16,7 +16,7 @@ from isthmus.cli.trees import freeze_warnings, frozen_tree, space_tree, spoken_g
 from isthmus.errors import ModelError
 from isthmus.models.structure import parameters_on_meta
 from isthmus.runs.facts import describe_symmetry
-from isthmus.runs.run_inspect import build_example, inspect_model
+from isthmus.runs.run_inspect import _build_example, inspect_model
 from isthmus.symmetry import Frozen, Symmetry
 from refusals import refuses
 
@@ -166,7 +166,7 @@ def test_a_proof_that_memory_cannot_hold_is_refused(monkeypatch):
 @pytest.mark.parametrize("model", ["gpt?block=8", "vit?depth=1", "resnet20?width=0.5"])
 def test_without_a_proof_the_same_is_found(model):
     """Tables of indices and the like are there, though parameters have no numbers."""
-    network, example, _ = build_example(model, None, None, weights=True)
+    network, example, _ = _build_example(model, None, None, weights=True)
     symmetry = trace(network, *example.args, kwargs=example.kwargs)
     assert inspect_model(model, None, None, prove=False)["symmetry"] == describe_symmetry(symmetry)
 

@@ -11,7 +11,7 @@ from isthmus.data.batches import as_batch
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
 from isthmus.graph.reader import Reader
 from isthmus.observe.collect import collect_joint
-from isthmus.observe.moments import CHUNK, Accumulator, SpaceMoments, require_samples
+from isthmus.observe.moments import CHUNK, Accumulator, SpaceMoments, _require_samples
 from oracles import git_rebasin as oracle
 from pairs import MLP, NETWORKS, TRAINED, VGG_BN, data_of, fresh, inputs_of, lively, seen_by_hooks, symmetry, trained
 from refusals import refuses
@@ -319,9 +319,9 @@ def test_an_unread_space_is_named():
 
 def test_too_few_samples_can_be_refused():
     read = isthmus.collect([trained(MLP, 0)], symmetry(MLP), data_of(MLP))
-    require_samples(read, 400, "this")
+    _require_samples(read, 400, "this")
     with refuses(DataError, "400 samples, this needs at least 401"):
-        require_samples(read, 401, "this")
+        _require_samples(read, 401, "this")
 
 
 def test_models_of_several_widths_are_read_together():

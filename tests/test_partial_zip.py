@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 import isthmus
 from isthmus.data import Batch
 from isthmus.errors import DataError, InputError, SymmetryError, TraceError
-from isthmus.match.zipit import ZipIt, correlations
+from isthmus.match.zipit import ZipIt, _correlations
 from isthmus.partial_merging.module import PartialZip
 from oracles import zipit as oracle
 from pairs import CNN, MLP, VGG_BN, data_of, inputs_of, lively, planted, stir, symmetry, trained
@@ -96,7 +96,7 @@ def test_zipit_merges_a_network_with_its_shuffled_copies_and_loses_nothing(name)
 def zipped_by_hand(models: list[nn.Module], layers: int, x: torch.Tensor, options: ZipIt) -> list[np.ndarray]:
     """Every head's answer: the first layers zipped with explicit matrices, the others each model's own."""
     moments = isthmus.collect(models, symmetry(MLP), data_of(MLP), at=options.at)
-    spaces = [correlations(moments[space.name]) for space in symmetry(MLP)][:layers]
+    spaces = [_correlations(moments[space.name]) for space in symmetry(MLP)][:layers]
     groups = [oracle.zip_groups(each, len(models), options.budget_within, options.decay) for each in spaces]
     linear = [
         [

@@ -21,7 +21,7 @@ import pytest
 from isthmus.errors import CheckpointError
 from isthmus.report import chart
 from isthmus.report.colours import DARK, LIGHT
-from isthmus.report.gallery import DATA_URI, show
+from isthmus.report.gallery import DATA_URI, _show
 from isthmus.report.heatmap import BETWEEN, EDGE, ROOM, SCALE, cells_for, draw_heatmap, shorten
 from isthmus.report.page import write_report
 from test_report import CHROMIUM, HOSTILE, REPORT, check, contrast, poisoned
@@ -495,13 +495,13 @@ def test_what_is_no_picture_is_left_out(made, page, bad):
     assert len(read.all("img")) == 3 * (2 + 3 * 4 * 2) - 2
     assert "1 picture of features.json left out" in read.text
     assert "1 match matrix of features.json left out" in read.text
-    assert show(bad, "").uri is None
+    assert _show(bad, "").uri is None
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_pictures_of_three_kinds_are_shown(kind):
     given = uri(texture(0, 0), kind)
-    shown = show(given, "words")
+    shown = _show(given, "words")
     assert shown.uri == given
     assert (shown.width, shown.height) == ((32, 32) if kind == "png" else (None, None))
 

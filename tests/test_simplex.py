@@ -17,11 +17,11 @@ from isthmus.errors import DataError, InputError, ModelError
 from isthmus.measure.simplex import (
     Plane,
     Simplex,
-    barycentric,
-    face_centres,
-    grid_lines,
-    plane_coordinates,
-    triangle_grid,
+    _barycentric,
+    _face_centres,
+    _grid_lines,
+    _plane_coordinates,
+    _triangle_grid,
 )
 from oracles import git_rebasin as oracle
 from pairs import CNN, MLP, data_of, fresh, lively, trained
@@ -33,7 +33,7 @@ def three(name: str) -> list[nn.Module]:
 
 
 def simplex_of(losses, accuracies=(), coefficients=None) -> Simplex:
-    places = tuple(coefficients or triangle_grid(3))
+    places = tuple(coefficients or _triangle_grid(3))
     return Simplex(places, tuple(losses), tuple(accuracies), tuple(losses), tuple(accuracies), None)
 
 
@@ -42,7 +42,7 @@ def simplex_of(losses, accuracies=(), coefficients=None) -> Simplex:
 
 @pytest.mark.parametrize("points", [2, 3, 4, 5, 6, 7, 8])
 def test_the_grid_of_a_triangle(points):
-    places = triangle_grid(points)
+    places = _triangle_grid(points)
     grid = points * (points + 1) // 2
     assert len(places) == len(set(places)) == grid + ((points - 1) % 3 != 0)
     assert all(sum(place) == pytest.approx(1) and min(place) >= 0 for place in places)
@@ -55,7 +55,7 @@ def test_the_grid_of_a_triangle(points):
 
 @pytest.mark.parametrize(("models", "places"), [(3, 7), (4, 15), (5, 26), (6, 42)])
 def test_the_faces_of_more_models(models, places):
-    found = face_centres(models)
+    found = _face_centres(models)
     assert len(found) == len(set(found)) == places
     for place in found:
         counting = [c for c in place if c]
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_a_number_is_no_low_barrier():
 
 @given(st.lists(st.floats(-100, 100), min_size=4, max_size=4))
 def test_a_loss_that_is_linear_in_the_coefficients_has_no_barrier(vertices):
-    coefficients = tuple(face_centres(4))
+    coefficients = tuple(_face_centres(4))
     losses = [math.fsum(c * v for c, v in zip(place, vertices, strict=True)) for place in coefficients]
     simplex = simplex_of(losses, coefficients=coefficients)
     # Sums of numbers below 100, whose rounding is 1e-14.
@@ -256,7 +256,7 @@ def distance(one: nn.Module, other: nn.Module) -> float:
 @pytest.mark.parametrize("name", [MLP, CNN])
 def test_coordinates_keep_the_distances_of_the_models(name):
     models = three(name)
-    corners = plane_coordinates(models)
+    corners = _plane_coordinates(models)
     assert corners[0] == (0, 0)
     assert corners[1][1] == 0
     for a, b in itertools.combinations(range(3), 2):
@@ -265,9 +265,9 @@ def test_coordinates_keep_the_distances_of_the_models(name):
 
 def test_running_statistics_count_for_no_distance():
     models = [copy.deepcopy(model) for model in three(CNN)]
-    corners = plane_coordinates(models)
+    corners = _plane_coordinates(models)
     models[1].features[1].running_mean += 5
-    assert plane_coordinates(models) == corners
+    assert _plane_coordinates(models) == corners
 
 
 def test_the_models_stand_on_the_grid():
@@ -312,12 +312,12 @@ def test_a_point_of_the_plane_is_what_its_definition_says():
 @given(st.floats(0.1, 10), st.floats(-10, 10), st.floats(0.1, 10), st.floats(-20, 20), st.floats(-20, 20))
 def test_barycentric_coefficients_give_the_point_back(width, along, height, x, y):
     corners = ((0.0, 0.0), (width, 0.0), (along, height))
-    found = barycentric(corners, x, y)
+    found = _barycentric(corners, x, y)
     back = [sum(c * corner[axis] for c, corner in zip(found, corners, strict=True)) for axis in (0, 1)]
     # Numbers up to 20 · 10 / 0.1² / … stay below 1e5, whose rounding is 1e-11.
     assert back == pytest.approx([x, y], abs=1e-8)
     for m, corner in enumerate(corners):
-        assert barycentric(corners, *corner) == pytest.approx([float(m == n) for n in range(3)], abs=1e-12)
+        assert _barycentric(corners, *corner) == pytest.approx([float(m == n) for n in range(3)], abs=1e-12)
 
 
 @settings(deadline=None)
@@ -326,7 +326,7 @@ def test_grid_lines_run_through_the_models_and_are_about_evenly_spaced(through, 
     low, high = min(through), max(through)
     if high - low < 1e-3:
         return
-    lines = grid_lines(through, points, margin)
+    lines = _grid_lines(through, points, margin)
     assert list(lines) == sorted(set(lines))
     assert set(through) <= set(lines)
     assert lines[0] == pytest.approx(low - margin * (high - low))

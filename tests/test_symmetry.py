@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 
 from isthmus.errors import SymmetryError
 from isthmus.symmetry import Frozen, Group, Site, Space, Symmetry
-from isthmus.symmetry.encoding import decode_positions, encode_positions
+from isthmus.symmetry.encoding import _decode_positions, _encode_positions
 from refusals import refuses
 from zoo import ZOO, traced
 
@@ -47,17 +47,17 @@ def test_json_says_all_but_the_graph(name):
 
 @given(arrays.arrays(np.int64, SHAPES, elements=st.integers(0, 50)))
 def test_any_positions_survive_encoding(positions):
-    written = json.loads(json.dumps(encode_positions(positions)))
-    np.testing.assert_array_equal(decode_positions(written), positions)
+    written = json.loads(json.dumps(_encode_positions(positions)))
+    np.testing.assert_array_equal(_decode_positions(written), positions)
 
 
 @given(SHAPES, st.integers(0, 9), st.lists(st.integers(-3, 5), min_size=3, max_size=3))
 def test_regular_positions_are_written_as_strides(shape, start, strides):
     grids = np.indices(shape)
     positions = start + sum(s * g for s, g in zip(strides, grids, strict=True))
-    written = encode_positions(positions)
+    written = _encode_positions(positions)
     assert "values" not in written or not positions.size
-    np.testing.assert_array_equal(decode_positions(written), positions)
+    np.testing.assert_array_equal(_decode_positions(written), positions)
 
 
 def test_a_symmetry_is_a_collection_of_its_spaces():

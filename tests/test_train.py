@@ -12,7 +12,7 @@ from isthmus.models import load_model
 from isthmus.models.mlp import MLP
 from isthmus.models.small_cnn import SmallCNN
 from isthmus.training.presets import PRESETS, TrainOptions
-from isthmus.training.trainer import Epoch, _Run, flip_and_crop, learning_rate, train
+from isthmus.training.trainer import Epoch, _flip_and_crop, _learning_rate, _Run, train
 
 QUICK = TrainOptions("adam", learning_rate=3e-3, epochs=3, batch_size=32, schedule="linear", warmup=1.0)
 MODEL = "mlp?in_features=64&width=16&depth=2"
@@ -246,7 +246,7 @@ def test_schedules_rise_to_the_peak_and_fall_as_stated(schedule, warmup):
         return
     options = TrainOptions(learning_rate=0.4, epochs=10, schedule=schedule, warmup=warmup)
     steps = 20
-    rates = [learning_rate(options, step, steps) for step in range(10 * steps)]
+    rates = [_learning_rate(options, step, steps) for step in range(10 * steps)]
     peak = rates.index(max(rates))
     assert max(rates) == pytest.approx(0.4)
     assert min(rates) > 0
@@ -287,7 +287,7 @@ def test_each_crop_is_the_image_shifted_over_black_and_perhaps_flipped():
     torch.manual_seed(0)
     x = torch.randint(1, 256, (300, 3, 9, 7), dtype=torch.uint8)
     kept = x.clone()
-    made = flip_and_crop(x)
+    made = _flip_and_crop(x)
     assert torch.equal(x, kept)
     assert made.shape == x.shape
     assert made.dtype == torch.uint8
@@ -406,4 +406,4 @@ def test_history_scores_are_means_over_samples(few):
 def test_presets_are_usable_recipes(name):
     options = PRESETS[name]
     assert options.epochs > 0
-    assert learning_rate(options, 0, 100) > 0
+    assert _learning_rate(options, 0, 100) > 0

@@ -14,7 +14,7 @@ import isthmus
 from isthmus.errors import InputError, ModelError, TransformError
 from isthmus.symmetry import Alignment, Group, LinearMap, Permutation, Site, Space, Symmetry
 from isthmus.symmetry.transform import as_matrix, compose, invert, move_state
-from isthmus.tracing.proof import stirred
+from isthmus.tracing.proof import _stirred
 from refusals import refuses
 from zoo import ZOO, built, traced
 
@@ -175,7 +175,7 @@ def test_there_and_back_changes_no_bit(name):
     symmetry, state = traced(name), built(name).state_dict()
     before = {key: tensor.clone() for key, tensor in state.items()}
     rng = np.random.default_rng(0)
-    transforms = {space.name: stirred(space, rng) for space in symmetry}
+    transforms = {space.name: _stirred(space, rng) for space in symmetry}
     moved = move_state(state, transforms, symmetry)
     assert equal(state, before)
     assert not len(symmetry) or not equal(moved, state)

@@ -67,13 +67,13 @@ def spell(configured: Any) -> str:
     changed = [
         f"{field.name}={value if isinstance(value, str) else json.dumps(value, default=repr)}"
         for field in fields
-        if field.init and (value := getattr(configured, field.name)) != usual_value(field)
+        if field.init and (value := getattr(configured, field.name)) != _usual_value(field)
     ]
     name: str = getattr(configured, "name")  # noqa: B009 (narrowed to a dataclass, which need not have one)
     return name + ("?" + "&".join(changed) if changed else "")
 
 
-def usual_value(field: dataclasses.Field[Any]) -> Any:
+def _usual_value(field: dataclasses.Field[Any]) -> Any:
     """An option's default."""
     return field.default_factory() if callable(field.default_factory) else field.default
 

@@ -6,7 +6,7 @@ import torch
 
 import isthmus
 from isthmus.average.dare import Dare
-from isthmus.average.slerp import Slerp, along_arc
+from isthmus.average.slerp import Slerp, _along_arc
 from isthmus.average.task_arithmetic import TaskArithmetic
 from isthmus.average.ties import Ties
 from isthmus.errors import InputError
@@ -78,12 +78,12 @@ def test_slerp_keeps_the_length_of_unit_vectors():
     )
     angle = torch.acos(a @ b)
     for share in (0.0, 0.3, 0.5, 1.0):
-        found = along_arc(a, b, share)
+        found = _along_arc(a, b, share)
         assert found.norm() == pytest.approx(1.0)
         assert torch.acos((found @ a).clamp(max=1)) == pytest.approx(float(share * angle), abs=1e-6)
-    torch.testing.assert_close(along_arc(a, 1.0001 * a, 0.5), 1.00005 * a)
-    torch.testing.assert_close(along_arc(a, -a, 0.25), 0.5 * a)
-    torch.testing.assert_close(along_arc(torch.zeros(3), torch.ones(3), 0.5), torch.full((3,), 0.5))
+    torch.testing.assert_close(_along_arc(a, 1.0001 * a, 0.5), 1.00005 * a)
+    torch.testing.assert_close(_along_arc(a, -a, 0.25), 0.5 * a)
+    torch.testing.assert_close(_along_arc(torch.zeros(3), torch.ones(3), 0.5), torch.full((3,), 0.5))
 
 
 def test_what_is_missing_or_out_of_range_is_refused():

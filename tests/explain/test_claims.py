@@ -11,7 +11,7 @@ import pytest
 import isthmus
 from isthmus.errors import InputError
 from isthmus.explain import claims
-from isthmus.explain.claims import FAILS, HOLDS, PARTLY, judge_claims, split_gains, top_share
+from isthmus.explain.claims import FAILS, HOLDS, PARTLY, _split_gains, judge_claims, top_share
 from isthmus.explain.spectrum import LayerSpectrum, Overlap, Spectra, measure_spectra
 from isthmus.explain.taylor import TaylorBarrier, taylor_barrier
 from isthmus.match.base import identity_transforms
@@ -149,8 +149,8 @@ def test_gains_and_shares_are_their_formulas():
     one = layer("x", gains=(0.8, 0.5, 0.4, 0.1))
     large = (0.8 * 100 + 0.5 * 25) / 125
     small = (0.4 * 4 + 0.1 * 1) / 5
-    assert split_gains(one) == pytest.approx((large, small))
-    assert split_gains(layer("x", values_a=(10.0, 9.0, 8.0, 7.0))) is None
+    assert _split_gains(one) == pytest.approx((large, small))
+    assert _split_gains(layer("x", values_a=(10.0, 9.0, 8.0, 7.0))) is None
     wide = layer("x", shape=(1, 40, 100), input_shares=tuple(np.linspace(0.2, 1, 40)))
     share = np.linspace(0.2, 1, 40)[3]
     assert top_share(wide) == pytest.approx((share, 0.04))

@@ -12,7 +12,7 @@ import isthmus
 import isthmus.explain.target
 from coloured import coloured
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
-from isthmus.explain.ascent import generator_of
+from isthmus.explain.ascent import _generator_of
 from isthmus.explain.features import respond, visualise, visualise_many
 from isthmus.explain.images import high_frequency_share, measure_images, spectrum_of
 from isthmus.explain.parametrisations import PARAMETRISATIONS, FourierImages, Maco
@@ -67,7 +67,7 @@ def test_the_first_steps_are_those_of_adam_on_one_unit_read_by_a_hook():
     found = visualise(model, sym, "second", [unit], statistics, method=method, seed=7, steps=steps)
     seen = {}
     hook = model.second.register_forward_hook(lambda module, args, output: seen.update(value=output))
-    numbers = method.start((3, 8, 8), generator_of(7, "second", unit))[None].requires_grad_()
+    numbers = method.start((3, 8, 8), _generator_of(7, "second", unit))[None].requires_grad_()
     adam = torch.optim.Adam([numbers], lr=method.learning_rate, eps=1e-12, maximize=True)
     for _ in range(steps):
         adam.zero_grad()

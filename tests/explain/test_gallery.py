@@ -23,12 +23,12 @@ from isthmus.explain.gallery import (
     SHOWN,
     SIDE,
     Shown,
-    choose_units,
+    _choose_units,
+    _percentiles,
+    _picture_uri,
+    _smaller,
     draw_gallery,
     draw_matches,
-    percentiles,
-    picture_uri,
-    smaller,
     spaced,
     takes_images,
 )
@@ -106,7 +106,7 @@ def drawn(scored, **options):
 @given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=20), st.integers(1, 4))
 def test_the_best_the_middle_and_the_worst_are_chosen(scores, each):
     merged = torch.tensor(scores, dtype=torch.float64).T
-    found = choose_units(units(merged.tolist()), each)
+    found = _choose_units(units(merged.tolist()), each)
     level = merged.min(dim=0).values.tolist()
     groups = {name: [level[unit] for unit, group in found if group == name] for name in GROUPS}
     assert len(dict(found)) == len(found)
@@ -156,7 +156,7 @@ def test_a_strip_begins_with_the_planted_image(scored):
     own = scored.units.spaces["first"]
     slot = own.sources[0].tolist().index(0)  # where A's unit that answers to the planted image stands
     assert own.top["A"][slot][0] == PLANTED
-    assert [entry.unit for entry in gallery.chosen["first"]] == [unit for unit, _ in choose_units(own, 3)]
+    assert [entry.unit for entry in gallery.chosen["first"]] == [unit for unit, _ in _choose_units(own, 3)]
     assert slot in {entry.unit for entry in gallery.chosen["first"]}
     strip = shown_by(gallery.pictures["first"][str(slot)]["top"]["A"])
     assert strip.shape == (6, SHOWN * 6 + SHOWN - 1, 3)
@@ -186,7 +186,7 @@ def test_without_statistics_the_range_becomes_black_and_white():
 @pytest.mark.parametrize("size", [(6, 6), (64, 64), (65, 20), (224, 224), (28, 130)])
 def test_large_images_become_smaller(size):
     image = torch.full((3, *size), 0.25)
-    shown = smaller(image)
+    shown = _smaller(image)
     assert max(shown.shape[1:]) <= SIDE
     assert max(size) > SIDE or shown is image
     torch.testing.assert_close(shown, torch.full_like(shown, 0.25))
@@ -195,14 +195,14 @@ def test_large_images_become_smaller(size):
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_pictures_of_any_number_of_channels(channels):
     image = torch.rand(channels, 4, 5, generator=torch.Generator().manual_seed(0))
-    found = shown_by(picture_uri(image))
+    found = shown_by(_picture_uri(image))
     expected = image if channels == 3 else image.mean(dim=0, keepdim=True).expand(3, -1, -1)
     np.testing.assert_allclose(found, expected.permute(1, 2, 0), atol=LEVEL)
 
 
 def test_percentiles_count_images_that_excite_less():
     answers, usual = torch.tensor([[2.5, 0.0], [0.0, -1.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [9, 0]])
-    assert percentiles(answers, usual) == [0.5, 0.0]
+    assert _percentiles(answers, usual) == [0.5, 0.0]
 
 
 def test_a_matched_copy_stands_on_the_diagonal():

@@ -13,12 +13,12 @@ from isthmus.explain.questions import (
     COLLAPSED,
     MENDED,
     SURVIVES,
+    _by_depth,
+    _by_matching,
+    _variance,
+    _whether_pairs_survive,
+    _whose_features,
     answer_questions,
-    by_depth,
-    by_matching,
-    variance,
-    whether_pairs_survive,
-    whose_features,
 )
 from isthmus.explain.units import THRESHOLD, SpaceUnits
 
@@ -63,22 +63,22 @@ def labelled(shared: int, some: int, lost: int, level: float = THRESHOLD + A_BIT
     [(5, 0, 5, HOLDS), (10, 0, 0, HOLDS), (4, 1, 5, PARTLY), (0, 5, 5, PARTLY), (4, 0, 6, FAILS), (0, 0, 10, FAILS)],
 )
 def test_most_units_are_all_models_features(shared, some, lost, verdict):
-    claim = whose_features([labelled(shared, some, lost)])
+    claim = _whose_features([labelled(shared, some, lost)])
     assert claim.verdict == verdict
     assert claim.figure == f"{shared / 10:.0%} shared, {some / 10:.0%} of some models only, {lost / 10:.0%} lost"
     # Units count, not spaces: the same ones in two spaces give the same.
-    assert whose_features([labelled(shared, 0, 0), labelled(0, some, lost)]).verdict == verdict
+    assert _whose_features([labelled(shared, 0, 0), labelled(0, some, lost)]).verdict == verdict
 
 
 def test_a_unit_counts_from_the_threshold_on():
-    assert whose_features([labelled(3, 0, 0, THRESHOLD)]).verdict == HOLDS
-    assert whose_features([labelled(3, 0, 0, THRESHOLD - A_BIT)]).verdict == FAILS
-    assert f"{THRESHOLD:.2f}" in whose_features([labelled(3, 0, 0)]).threshold
+    assert _whose_features([labelled(3, 0, 0, THRESHOLD)]).verdict == HOLDS
+    assert _whose_features([labelled(3, 0, 0, THRESHOLD - A_BIT)]).verdict == FAILS
+    assert f"{THRESHOLD:.2f}" in _whose_features([labelled(3, 0, 0)]).threshold
 
 
 def test_the_average_without_matching_stands_beside():
     own = units([[0.9] * 4] * 2, naive=0.9)
-    assert "averaged without matching 100%, 0%, 0%" in whose_features([own]).figure
+    assert "averaged without matching 100%, 0%, 0%" in _whose_features([own]).figure
 
 
 # ---- pairs
@@ -105,7 +105,7 @@ RISE = APART * 7 / 6
     ids=["wide", "narrow", "falling"],
 )
 def test_well_matched_pairs_survive(order, rise, verdict):
-    assert whether_pairs_survive([ladder(list(order), 0.1, 0.1 + rise)]).verdict == verdict
+    assert _whether_pairs_survive([ladder(list(order), 0.1, 0.1 + rise)]).verdict == verdict
 
 
 def test_the_relation_turns_at_its_threshold():
@@ -116,22 +116,22 @@ def test_the_relation_turns_at_its_threshold():
     below = orders[relations == relations[relations < SURVIVES].max()][0].tolist()
     above = orders[relations == relations[relations >= SURVIVES].min()][0].tolist()
     assert spearmanr(range(8), below).statistic < SURVIVES <= spearmanr(range(8), above).statistic
-    assert whether_pairs_survive([ladder(above, 0.0, 0.9)]).verdict == HOLDS
-    assert whether_pairs_survive([ladder(below, 0.0, 0.9)]).verdict == PARTLY
+    assert _whether_pairs_survive([ladder(above, 0.0, 0.9)]).verdict == HOLDS
+    assert _whether_pairs_survive([ladder(below, 0.0, 0.9)]).verdict == PARTLY
 
 
 def test_it_is_the_median_space_and_the_worse_model():
     good, bad = ladder(list(range(8)), 0.1, 0.9), ladder(list(range(7, -1, -1)), 0.1, 0.9)
-    assert whether_pairs_survive([good, good, bad]).verdict == HOLDS
-    assert whether_pairs_survive([good, bad, bad]).verdict == FAILS
+    assert _whether_pairs_survive([good, good, bad]).verdict == HOLDS
+    assert _whether_pairs_survive([good, bad, bad]).verdict == FAILS
     few = ladder(list(range(6, -1, -1)), 0.1, 0.9)
-    assert whether_pairs_survive([good, few]).verdict == HOLDS  # seven units have no quarters
+    assert _whether_pairs_survive([good, few]).verdict == HOLDS  # seven units have no quarters
 
 
 @pytest.mark.parametrize("own", [[], [ladder([0, 1, 2], 0, 1)], [units([[0.5] * 9] * 2)]], ids=["none", "few", "flat"])
 def test_pairs_that_tell_nothing(own):
-    assert whether_pairs_survive(own).verdict is None
-    assert whether_pairs_survive(own).figure.startswith("not measured")
+    assert _whether_pairs_survive(own).verdict is None
+    assert _whether_pairs_survive(own).figure.startswith("not measured")
 
 
 # ---- depth
@@ -149,11 +149,11 @@ def test_pairs_that_tell_nothing(own):
     ],
 )
 def test_less_is_left_with_depth(kept, verdict):
-    assert by_depth([units([[value, value], [value, value]]) for value in kept]).verdict == verdict
+    assert _by_depth([units([[value, value], [value, value]]) for value in kept]).verdict == verdict
 
 
 def test_one_space_has_no_depth():
-    assert by_depth([units([[0.5]])]).verdict is None
+    assert _by_depth([units([[0.5]])]).verdict is None
 
 
 # ---- matching
@@ -170,13 +170,13 @@ def test_one_space_has_no_depth():
 )
 def test_matching_keeps_the_features(correlation, overlap, verdict):
     own = units([[correlation] * 4] * 2, naive=0.4, overlap=overlap, naive_overlap=0.2)
-    assert by_matching([own]).verdict == verdict
+    assert _by_matching([own]).verdict == verdict
 
 
 @pytest.mark.parametrize(("correlation", "verdict"), [(0.4 + APART + A_BIT, HOLDS), (0.4 + APART - A_BIT, FAILS)])
 def test_without_top_images_correlation_decides(correlation, verdict):
-    assert by_matching([units([[correlation] * 4] * 2, naive=0.4)]).verdict == verdict
-    assert by_matching([units([[correlation] * 4] * 2)]).verdict is None
+    assert _by_matching([units([[correlation] * 4] * 2, naive=0.4)]).verdict == verdict
+    assert _by_matching([units([[correlation] * 4] * 2)]).verdict is None
 
 
 # ---- variance
@@ -196,18 +196,18 @@ def test_without_top_images_correlation_decides(correlation, verdict):
 )
 def test_repair_gives_variance_back(before, after, verdict):
     ratios = {"space": {"naive": 0.1, "aligned": before, "mended": after}}
-    assert variance(ratios, True).verdict == verdict
+    assert _variance(ratios, True).verdict == verdict
     others = {"first": {"aligned": 0.0, "mended": 0.0}, "last": {"aligned": 9.0, "mended": 9.0}}
-    assert variance({**others, **ratios}, True).verdict == verdict  # the median space decides
-    assert variance(ratios, False).verdict is None
-    assert "a merge that was repaired" in variance(ratios, False).figure
+    assert _variance({**others, **ratios}, True).verdict == verdict  # the median space decides
+    assert _variance(ratios, False).verdict is None
+    assert "a merge that was repaired" in _variance(ratios, False).figure
 
 
 @pytest.mark.parametrize("missing", ["aligned", "mended"])
 def test_a_variance_that_was_not_measured_decides_nothing(missing):
     ratios = {"space": {"aligned": 0.5, "mended": 1.0, missing: None}}
-    assert variance(ratios, True).verdict is None
-    assert variance({}, True).verdict is None
+    assert _variance(ratios, True).verdict is None
+    assert _variance({}, True).verdict is None
 
 
 # ---- all

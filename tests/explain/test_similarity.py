@@ -14,16 +14,16 @@ import isthmus
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
 from isthmus.explain.similarity import (
     Covariances,
-    canonical_correlations,
+    _canonical_correlations,
+    _mean_cca,
+    _u_centred,
     cka,
     cka_matrix,
     debiased_cka,
     matched_correlations,
-    mean_cca,
     procrustes_distance,
     pwcca,
     svcca,
-    u_centred,
     unit_correlations,
 )
 from isthmus.symmetry import Alignment
@@ -110,8 +110,8 @@ def test_they_are_their_formulas(p, q, seed):
     assert cka(found) == pytest.approx(gram_cka(x, y), rel=CLOSE)
     expected = hsic(*kernels(x, y)) / math.sqrt(hsic(*kernels(x, x)) * hsic(*kernels(y, y)))
     assert debiased_cka(x, y) == pytest.approx(expected, rel=1e-7)  # kernels that are not centred lose digits
-    np.testing.assert_allclose(canonical_correlations(found), qr_correlations(a, b), rtol=CLOSE)
-    assert mean_cca(found) == pytest.approx(qr_correlations(a, b).mean(), rel=CLOSE)
+    np.testing.assert_allclose(_canonical_correlations(found), qr_correlations(a, b), rtol=CLOSE)
+    assert _mean_cca(found) == pytest.approx(qr_correlations(a, b).mean(), rel=CLOSE)
     for variance in (0.5, 0.9, 1.0):
         expected = qr_correlations(principal(a, variance), principal(b, variance)).mean()
         assert svcca(found, variance) == pytest.approx(expected, rel=CLOSE)
@@ -129,7 +129,7 @@ def test_they_are_their_formulas(p, q, seed):
 @pytest.mark.parametrize("samples", [5, 12])
 def test_centred_kernels_multiply_to_the_unbiased_estimate(samples):
     k, m = kernels(*tables(samples=samples))
-    found = (u_centred(torch.from_numpy(k)) * u_centred(torch.from_numpy(m))).sum() / (samples * (samples - 3))
+    found = (_u_centred(torch.from_numpy(k)) * _u_centred(torch.from_numpy(m))).sum() / (samples * (samples - 3))
     assert float(found) == pytest.approx(hsic(k, m), rel=1e-8)
 
 
@@ -143,7 +143,7 @@ def test_without_samples_to_spare_cka_is_biased_and_the_estimator_is_not():
 
 # What they must not notice
 
-TURNED = [cka, svcca, mean_cca, procrustes_distance]
+TURNED = [cka, svcca, _mean_cca, procrustes_distance]
 MEASURES = [*TURNED, pwcca]
 
 
@@ -173,7 +173,7 @@ def test_rotations_and_scales_go_unnoticed(measure):
 def test_invertible_maps_go_unnoticed_by_canonical_correlations_alone():
     x, y = tables()
     plain, mapped = Covariances.of_rows(x, y), Covariances.of_rows(x @ invertible(6), y @ invertible(8))
-    np.testing.assert_allclose(canonical_correlations(mapped), canonical_correlations(plain), rtol=1e-8)
+    np.testing.assert_allclose(_canonical_correlations(mapped), _canonical_correlations(plain), rtol=1e-8)
     second = Covariances.of_rows(x, y @ invertible(8))
     assert pwcca(second) == pytest.approx(pwcca(plain), rel=1e-8)
     # Its weights are those of the first network's units, so that a map of these is noticed, as it is by all others.
@@ -347,7 +347,7 @@ def test_a_layer_that_never_varies_is_listed():
 def test_measures_refuse():
     x, y = tables(samples=14)
     with refuses(DataError, "14 samples for 14 directions"):
-        mean_cca(Covariances.of_rows(x, y))
+        _mean_cca(Covariances.of_rows(x, y))
     still = Covariances.of_rows(torch.full((9, 2), 0.7, dtype=torch.float64), y[:9])
     for measure in MEASURES:
         with refuses(DataError, "do not vary"):

@@ -17,7 +17,7 @@ from torch import nn
 import isthmus
 from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.explain.directions import EqualDistance, Intervention, MatchedPart, intervene, match_directions
-from isthmus.explain.spectrum import Spectra, factorise, measure_spectra, pairing, summed, weights_of
+from isthmus.explain.spectrum import Spectra, _pairing, _summed, factorise, measure_spectra, weights_of
 from isthmus.explain.taylor import taylor_barrier
 from isthmus.match.base import identity_transforms
 from isthmus.match.weight_matching import WeightMatching
@@ -122,7 +122,7 @@ def test_singular_values_times_pairs_are_the_matching_objective():
         a, b = (factorise(weight.blocks(model.state_dict())) for model in (trained(MLP, 0), moved))
         x, y = (model.get_parameter(weight.name).detach().double() for model in (trained(MLP, 0), moved))
         inner = (x * y).sum()
-        assert summed(pairing(a, b), a.values, b.values) == pytest.approx(float(inner), abs=1e-8)
+        assert _summed(_pairing(a, b), a.values, b.values) == pytest.approx(float(inner), abs=1e-8)
 
 
 @pytest.mark.parametrize("spec", [MLP, VGG_BN])

@@ -11,7 +11,7 @@ import isthmus
 from isthmus.errors import DataError, InputError
 from isthmus.explain.features import respond
 from isthmus.explain.moves import Move
-from isthmus.explain.units import LOST, SHARED, derangement, label, measure_units, overlap, respond_everywhere
+from isthmus.explain.units import LOST, SHARED, _derangement, _label, _overlap, _respond_everywhere, measure_units
 from pairs import CNN, MLP, VGG_BN, data_of, inputs_of, lively, planted, symmetry, trained
 from refusals import refuses
 
@@ -100,7 +100,7 @@ def test_scores_are_those_of_plain_loops(method):
 
 def test_labels():
     correlations = torch.tensor([[0.9, 0.9, 0.2, 0.1, 0.9], [0.9, 0.2, 0.9, 0.1, 0.9], [0.9, 0.1, 0.1, 0.1, 0.1]])
-    assert label(correlations, "ABC", 0.5) == (SHARED, "A's", "B's", LOST, "A's and B's")
+    assert _label(correlations, "ABC", 0.5) == (SHARED, "A's", "B's", LOST, "A's and B's")
 
 
 def test_a_mixture_of_two_unrelated_units_is_lost():
@@ -121,7 +121,7 @@ def test_shuffled_units_are_a_floor():
 
 @pytest.mark.parametrize("units", [1, 2, 3, 50])
 def test_a_derangement_leaves_no_unit_in_place(units):
-    order = derangement(units, torch.Generator().manual_seed(3))
+    order = _derangement(units, torch.Generator().manual_seed(3))
     assert sorted(order.tolist()) == list(range(units))
     assert units == 1 or not (order == torch.arange(units)).any()
 
@@ -131,10 +131,10 @@ def test_a_derangement_leaves_no_unit_in_place(units):
 def test_all_spaces_in_one_pass_answer_as_each_on_its_own(spec, at):
     model, data = lively(spec, 0), images(spec)
     if spec == MLP:
-        answers = respond_everywhere(model, symmetry(spec), data, at)
+        answers = _respond_everywhere(model, symmetry(spec), data, at)
         assert all(each.shape[0] == sum(len(x) for x, _ in data) for each in answers.values())
         return
-    answers = respond_everywhere(model, symmetry(spec), data, at)
+    answers = _respond_everywhere(model, symmetry(spec), data, at)
     for space in symmetry(spec):
         alone = respond(model, symmetry(spec), space.name, data, at=at)
         torch.testing.assert_close(answers[space.name], alone, rtol=1e-4, atol=1e-4)  # sums in another order
@@ -150,7 +150,7 @@ def test_moves_undo():
 
 def test_overlap_of_sets():
     first, second = torch.tensor([[0, 1, 2], [0, 1, 2]]), torch.tensor([[2, 1, 0], [2, 3, 4]])
-    assert overlap(first, second).tolist() == [1.0, 0.2]
+    assert _overlap(first, second).tolist() == [1.0, 0.2]
 
 
 def test_the_same_seed_gives_the_same_scores_and_nothing_changes():

@@ -12,8 +12,8 @@ from torch import nn
 import isthmus
 from isthmus.errors import InputError
 from isthmus.match.base import Problem, identity_transforms
-from isthmus.match.c2m3 import C2M3, GAP, frank_wolfe, highest, starting_points
-from isthmus.match.coordinate_ascent import random_start
+from isthmus.match.c2m3 import C2M3, GAP, _frank_wolfe, _highest, _starting_points
+from isthmus.match.coordinate_ascent import _random_start
 from isthmus.match.nested import family_of
 from isthmus.match.relaxed_objective import RelaxedObjective, mix
 from isthmus.match.weight_matching import WeightMatching
@@ -74,7 +74,7 @@ def value_of(models, sym, transforms) -> float:
 def draw(sym, rng, held=()) -> dict[str, Permutation]:
     """Random permutations, but of held families."""
     still = {space.name for root in held for space in family_of(sym, root)}
-    return random_start(sym, rng) | {name: t for name, t in identity_transforms(sym).items() if name in still}
+    return _random_start(sym, rng) | {name: t for name, t in identity_transforms(sym).items() if name in still}
 
 
 # Against the paper, transcribed
@@ -172,10 +172,10 @@ def test_no_line_search_takes_more_than_five_evaluations():
 def test_it_never_falls_and_stays_doubly_stochastic(name, restart):
     models, sym = case(name)
     relaxed = relaxed_of(models, sym, [1, 2])
-    points, _ = starting_points(relaxed, 0, restart)
+    points, _ = _starting_points(relaxed, 0, restart)
     values = []
     for steps in range(6):
-        reached, _, value, gap = frank_wolfe(relaxed, points, steps)
+        reached, _, value, gap = _frank_wolfe(relaxed, points, steps)
         values.append(value)
         assert gap >= 0
         for matrix in [matrix for point in reached for matrix in point.values()]:
@@ -189,7 +189,7 @@ def test_it_never_falls_and_stays_doubly_stochastic(name, restart):
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=7))
 def test_the_highest_point_of_a_polynomial_beats_a_grid(coefficients):
     polynomial = np.polynomial.Polynomial(coefficients)
-    t = highest(np.array(coefficients))
+    t = _highest(np.array(coefficients))
     assert 0 <= t <= 1
     # A double root of the slope is known to √eps, where the polynomial is flat.
     assert polynomial(t) >= polynomial(np.linspace(0, 1, 1001)).max() - 1e-7

@@ -6,8 +6,8 @@ import torch
 
 import isthmus
 from isthmus.errors import DataError, InputError
-from isthmus.match.cca import CCA, GRID, canonical_map
-from isthmus.match.procrustes import Procrustes, rotation
+from isthmus.match.cca import CCA, GRID, _canonical_map
+from isthmus.match.procrustes import Procrustes, _rotation
 from isthmus.symmetry import LinearMap
 from oracles.cca import canonical_map as naive
 from pairs import MLP, RESNET20, VGG_BN, data_of, symmetry, trained
@@ -33,7 +33,7 @@ def test_it_is_the_papers_formula(gamma):
     own, other, between = covariances(a, b)
     ridge = gamma * float(own.diagonal().mean() + other.diagonal().mean()) / 2
     into, back, correlations = naive(a, b, ridge)
-    found, total = canonical_map(own, other, between, gamma)
+    found, total = _canonical_map(own, other, between, gamma)
     # The steadying share of 1e-9 turns directions by about 1e-9 / the gap of singular values.
     np.testing.assert_allclose(found.into[0], into, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(found.back[0], back, rtol=1e-6, atol=1e-6)
@@ -43,7 +43,7 @@ def test_it_is_the_papers_formula(gamma):
 def test_without_a_ridge_the_mapped_units_are_as_correlated_as_can_be():
     a, b = tables()
     own, other, between = covariances(a, b)
-    found, total = canonical_map(own, other, between, 0.0)
+    found, total = _canonical_map(own, other, between, 0.0)
     _, _, correlations = naive(a, b, 0.0)
     assert total == pytest.approx(correlations.sum(), rel=1e-6)
     mapped = found.into[0] @ other @ found.into[0].T
@@ -52,14 +52,14 @@ def test_without_a_ridge_the_mapped_units_are_as_correlated_as_can_be():
 
 def test_a_large_ridge_is_procrustes():
     own, other, between = covariances(*tables())
-    found, _ = canonical_map(own, other, between, 1e7)
-    limit, _ = rotation(own, other, between)
+    found, _ = _canonical_map(own, other, between, 1e7)
+    limit, _ = _rotation(own, other, between)
     torch.testing.assert_close(found.into, limit.into, rtol=1e-5, atol=1e-5)
 
 
 def test_the_rotation_is_orthogonal_and_best():
     own, other, between = covariances(*tables())
-    found, value = rotation(own, other, between)
+    found, value = _rotation(own, other, between)
     into = found.into[0]
     torch.testing.assert_close(into @ into.T, torch.eye(len(into), dtype=into.dtype))
     generator = torch.Generator().manual_seed(0)

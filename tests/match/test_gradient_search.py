@@ -15,17 +15,17 @@ import isthmus
 from isthmus.data import Batch
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.match.base import Problem, identity_transforms
-from isthmus.match.coordinate_ascent import random_start
+from isthmus.match.coordinate_ascent import _random_start
 from isthmus.match.gradient_search import (
     TaskLoss,
-    alike,
+    _alike,
+    _parts_of,
     check_search,
     combine,
     follow,
     gradients_of,
     matrices,
     move_softly,
-    parts_of,
     search,
     working_states,
 )
@@ -159,7 +159,7 @@ def test_all_is_computed_in_one_precision_of_float32_at_least(dtypes, expected):
 @given(size=st.integers(1, 40), most=st.integers(1, 45))
 def test_parts_are_even_and_leave_nothing_out(size, most):
     x, y = torch.arange(size * 2.0).reshape(size, 2), torch.arange(size)
-    parts = parts_of(Batch((x,), {}, y), most)
+    parts = _parts_of(Batch((x,), {}, y), most)
     assert torch.equal(torch.cat([part.args[0] for part in parts]), x)
     assert torch.equal(torch.cat([part.targets for part in parts]), y)
     sizes = [part.size for part in parts]
@@ -178,7 +178,7 @@ def test_parts_are_even_and_leave_nothing_out(size, most):
     ],
 )
 def test_a_batch_that_is_not_rows_throughout_stays_whole(batch):
-    assert parts_of(batch, 3) == [batch]
+    assert _parts_of(batch, 3) == [batch]
 
 
 def test_every_round_of_batches_holds_each_once_in_another_order():
@@ -198,7 +198,7 @@ def test_a_soft_move_by_permutation_matrices_is_the_hard_move(name):
     args, kwargs = model.inputs()
     sym = isthmus.trace(structure(name), *args, kwargs=kwargs)
     (state,) = working_states(Problem([model], sym))
-    transforms = random_start(sym, np.random.default_rng(0))
+    transforms = _random_start(sym, np.random.default_rng(0))
     hard = move_state(state, transforms, sym)
     soft = move_softly(state, {key: as_matrix(t) for key, t in transforms.items()}, sym)
     assert soft.keys() == hard.keys()
@@ -271,13 +271,13 @@ def test_a_search_keeps_the_best_of_its_checks(losses, missed):
         return place[0] > missed
 
     def judge(transforms) -> float:
-        return losses[next(i for i, each in enumerate(where) if alike(each, transforms[0]))]
+        return losses[next(i for i, each in enumerate(where) if _alike(each, transforms[0]))]
 
     found = search([where[0]], judge, step, lambda: [where[place[0]]], steps, "searching")
     checked = [0, *sorted({max(1, round(steps * k / 5)) for k in range(1, 6)})]
     assert found.value == min(losses[i] for i in checked)
     first = next(i for i in checked if losses[i] == found.value)
-    assert alike(found.transforms[0], where[first])
+    assert _alike(found.transforms[0], where[first])
     assert found.details["best_step"] == first
     assert found.converged == (first < steps)
     assert found.details["checks"] == [losses[i] for i in checked[1:]]
@@ -317,6 +317,6 @@ def test_options_with_which_nothing_can_be_searched_are_refused(options, told):
 def test_identity_is_alike_to_itself_only():
     sym = symmetry(MLP)
     still = identity_transforms(sym)
-    assert alike(still, identity_transforms(sym))
-    assert not alike(still, random_start(sym, np.random.default_rng(0)))
-    assert not alike({"s": as_matrix(Permutation(np.arange(2)))}, {"s": as_matrix(Permutation(np.arange(2)))})
+    assert _alike(still, identity_transforms(sym))
+    assert not _alike(still, _random_start(sym, np.random.default_rng(0)))
+    assert not _alike({"s": as_matrix(Permutation(np.arange(2)))}, {"s": as_matrix(Permutation(np.arange(2)))})

@@ -12,9 +12,9 @@ from torch import nn
 import isthmus
 from isthmus.errors import DataError, InputError
 from isthmus.match.base import Problem
-from isthmus.match.coordinate_ascent import random_start
+from isthmus.match.coordinate_ascent import _random_start
 from isthmus.match.gradient_search import TaskLoss
-from isthmus.match.learned import LAMBDAS, Latents, Learned, similarity_around
+from isthmus.match.learned import LAMBDAS, Latents, Learned, _similarity_around
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.symmetry import LinearMap, Permutation
 from isthmus.symmetry.transform import as_matrix, invert
@@ -55,7 +55,7 @@ def latents_of(group: str, seed: int = 0, spec: str = SMALL) -> Latents:
     models, sym = doubles(spec), symmetry(spec)
     problem = Problem(models, sym)
     objective = WeightObjective(sym, *problem.states, problem.parameters)
-    latents = Latents(objective, random_start(sym, np.random.default_rng(seed)), group, torch.float64)
+    latents = Latents(objective, _random_start(sym, np.random.default_rng(seed)), group, torch.float64)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for free in latents.free.values():
@@ -160,10 +160,10 @@ def test_a_latent_starts_as_the_similarity_over_its_mean_on_pairs():
 def test_a_similarity_that_does_not_tell_the_start_is_not_taken():
     permutation = Permutation(np.array([1, 0]))
     matrix = as_matrix(permutation).into
-    assert torch.equal(similarity_around(torch.eye(2).double()[None], permutation, matrix), matrix)
-    assert torch.equal(similarity_around(-3 * matrix, permutation, matrix), matrix)
+    assert torch.equal(_similarity_around(torch.eye(2).double()[None], permutation, matrix), matrix)
+    assert torch.equal(_similarity_around(-3 * matrix, permutation, matrix), matrix)
     told = torch.tensor([[[1.0, 4.0], [2.0, 0.0]]]).double()
-    assert torch.equal(similarity_around(told, permutation, matrix), told / 3)
+    assert torch.equal(_similarity_around(told, permutation, matrix), told / 3)
 
 
 # Against a transcription

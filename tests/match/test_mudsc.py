@@ -5,7 +5,7 @@ import pytest
 
 import isthmus
 from isthmus.errors import InputError
-from isthmus.match.mudsc import MuDSC, standardised
+from isthmus.match.mudsc import MuDSC, _standardised
 from isthmus.symmetry import Permutation
 from isthmus.symmetry.transform import move_state
 from pairs import MLP, RESNET20, VGG_BN, data_of, fresh, symmetry, trained
@@ -51,9 +51,9 @@ def test_a_planted_permutation_is_recovered(name, alpha):
 
 def test_matrices_are_standardised():
     matrix = np.random.default_rng(0).normal(3, 2, size=(5, 5))
-    assert standardised(matrix).mean() == pytest.approx(0)
-    assert standardised(matrix).std() == pytest.approx(1)
-    assert not standardised(np.ones((3, 3))).any()
+    assert _standardised(matrix).mean() == pytest.approx(0)
+    assert _standardised(matrix).std() == pytest.approx(1)
+    assert not _standardised(np.ones((3, 3))).any()
 
 
 def test_bad_options_are_refused():

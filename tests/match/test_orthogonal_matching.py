@@ -7,16 +7,16 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import DataError, InputError
-from isthmus.match.coordinate_ascent import ascend, random_start
+from isthmus.match.coordinate_ascent import _random_start, ascend
 from isthmus.match.nested import family_of
 from isthmus.match.nested import solve_family as solve_by_permutations
 from isthmus.match.orthogonal_matching import (
     OrthogonalMatching,
-    balancing,
-    family_value,
-    gains_of,
-    improve_family,
-    solve_family,
+    _balancing,
+    _family_value,
+    _gains_of,
+    _improve_family,
+    _solve_family,
 )
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.symmetry import Group, LinearMap, Permutation, keeps_function
@@ -48,13 +48,13 @@ def rotated(name: str, seed: int, *, invertible: bool = False) -> nn.Module:
     sym, rng = symmetry_of(name), np.random.default_rng(seed)
     element = random_element if invertible else orthogonal_element
     planted = {space.name: element(space, rng) for space in sym}
-    return isthmus.apply(isthmus.Alignment(sym, (planted,), folded=bool(gains_of(sym))), transformer(name).double(), 0)
+    return isthmus.apply(isthmus.Alignment(sym, (planted,), folded=bool(_gains_of(sym))), transformer(name).double(), 0)
 
 
 def objective_of(name: str, seed: int = 1) -> WeightObjective:
     sym = symmetry_of(name)
     a, b = (fold_state(transformer(name, s).state_dict(), sym) for s in (0, seed))
-    names = frozenset(key for key, _ in transformer(name).named_parameters()) - gains_of(sym)
+    names = frozenset(key for key, _ in transformer(name).named_parameters()) - _gains_of(sym)
     return WeightObjective(sym, a, b, names, torch.float64)
 
 
@@ -64,7 +64,7 @@ def test_each_moved_model_computes_what_it_did(name):
     found = isthmus.align(models, symmetry_of(name), "orthogonal_matching")
     assert keeps_function(found)
     assert not found.is_exact
-    assert found.folded == bool(gains_of(symmetry_of(name)))
+    assert found.folded == bool(_gains_of(symmetry_of(name)))
     for index, model in enumerate(models):
         assert largest(compute(isthmus.apply(found, model, index), tokens(6)), compute(model, tokens(6))) <= ROUNDING
     assert all(transform.is_identity for transform in found.transforms[0].values())
@@ -81,7 +81,7 @@ def test_a_model_and_its_rotated_copy_merge_to_the_model(name):
         torch.testing.assert_close(state[key], tensor, rtol=1e-9, atol=1e-9)
     merged = isthmus.merge([model, other], found)
     assert largest(compute(merged, tokens(6)), compute(model, tokens(6))) <= ROUNDING
-    names = {key for key, _ in model.named_parameters()} - gains_of(sym)
+    names = {key for key, _ in model.named_parameters()} - _gains_of(sym)
     touched = names & set(sym.sites)
     # The inner product of a model with itself, which no map of the group exceeds.
     assert found.objective == pytest.approx(sum(float(folded[key].square().sum()) for key in touched))
@@ -105,7 +105,7 @@ def test_an_invertible_copy_is_found_when_bases_are_balanced(name):
 def test_balanced_bases_have_the_smallest_weights(name):
     sym, state = symmetry_of(name), transformer(name).double().state_dict()
     names = frozenset(key for key, _ in transformer(name).named_parameters())
-    basis = balancing(state, sym, names)
+    basis = _balancing(state, sym, names)
     touched = {site.parameter for space in sym if space.group is Group.INVERTIBLE for site in space.sites}
 
     def size(moved) -> float:
@@ -130,7 +130,7 @@ def test_no_step_lowers_the_objective(name, seed):
     for _ in range(3):
         for root in objective.families():
             before = dict(transforms)
-            rose = improve_family(objective, root, transforms)
+            rose = _improve_family(objective, root, transforms)
             reached = objective.value(transforms)
             if rose:
                 objective.moved_by(root)
@@ -167,10 +167,10 @@ def test_a_familys_value_is_its_part_of_the_objective(name):
         family = {space.name for space in family_of(sym, root)}
         mixed = {**first, **{key: second[key] for key in family}}
         similarities = {space.name: objective.similarity(space, first) for space in family_of(sym, root)}
-        change = family_value(sym, root, similarities, mixed) - family_value(sym, root, similarities, first)
+        change = _family_value(sym, root, similarities, mixed) - _family_value(sym, root, similarities, first)
         assert change == pytest.approx(objective.value(mixed) - objective.value(first), abs=1e-9)
-        best = {**first, **solve_family(sym, root, similarities)}
-        assert family_value(sym, root, similarities, best) >= family_value(sym, root, similarities, mixed)
+        best = {**first, **_solve_family(sym, root, similarities)}
+        assert _family_value(sym, root, similarities, best) >= _family_value(sym, root, similarities, mixed)
         objective.moved_by(root)
         assert objective.value(best) >= objective.value(mixed) - 1e-9
 
@@ -180,10 +180,10 @@ def test_families_of_permutations_are_solved_as_weight_matching_solves_them():
     models = [lively(CNN, seed) for seed in range(2)]
     names = frozenset(key for key, _ in models[0].named_parameters())
     objective = WeightObjective(sym, models[0].state_dict(), models[1].state_dict(), names)
-    start = random_start(sym, np.random.default_rng(0))
+    start = _random_start(sym, np.random.default_rng(0))
     for root in objective.families():
         similarities = {space.name: objective.similarity(space, start) for space in family_of(sym, root)}
-        found, expected = solve_family(sym, root, similarities), solve_by_permutations(sym, root, similarities)
+        found, expected = _solve_family(sym, root, similarities), solve_by_permutations(sym, root, similarities)
         for key, transform in found.items():
             assert isinstance(transform, Permutation)
             assert np.array_equal(transform.indices, expected[key])
@@ -223,12 +223,12 @@ def test_a_space_that_meets_itself_is_climbed(seed):
     x = torch.randn(5, 3, dtype=torch.float64)
     sym = isthmus.trace(a, x)
     objective = WeightObjective(
-        sym, a.state_dict(), b.state_dict(), frozenset(dict(a.named_parameters())) - gains_of(sym), torch.float64
+        sym, a.state_dict(), b.state_dict(), frozenset(dict(a.named_parameters())) - _gains_of(sym), torch.float64
     )
     (root,) = objective.families()
     assert objective.is_coupled(root)
     start: dict[str, Transform] = {root.name: Permutation.identity(root)}
-    transforms, converged = ascend(objective, start, 100, np.random.default_rng(0), improve_family)
+    transforms, converged = ascend(objective, start, 100, np.random.default_rng(0), _improve_family)
     assert converged
     assert objective.value(transforms) > objective.value(start)
     found = isthmus.align([a, b], sym, "orthogonal_matching")

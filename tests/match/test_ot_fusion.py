@@ -12,7 +12,7 @@ from torch import nn
 import isthmus
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError, TransformError
 from isthmus.match import METHODS
-from isthmus.match.ot_fusion import OTFusion, entropic_plan, exact_plan, transform_of
+from isthmus.match.ot_fusion import OTFusion, _entropic_plan, _exact_plan, _transform_of
 from isthmus.models import load_model
 from isthmus.symmetry import Alignment, LinearMap, Permutation
 from isthmus.symmetry.symmetry import check_counterpart
@@ -38,7 +38,7 @@ def costs(frame: int, moved: int, seed: int = 0) -> np.ndarray:
 def test_exact_plans_are_the_linear_programs(frame, moved):
     for seed in range(3):
         cost = costs(frame, moved, seed)
-        plan, expected = exact_plan(cost), oracle.exact_plan(cost)
+        plan, expected = _exact_plan(cost), oracle.exact_plan(cost)
         np.testing.assert_allclose(plan.sum(axis=1), 1 / frame, rtol=1e-12)
         np.testing.assert_allclose(plan.sum(axis=0), 1 / moved, rtol=1e-12)
         assert (plan * cost).sum() == pytest.approx((expected * cost).sum(), rel=1e-9)
@@ -48,7 +48,7 @@ def test_exact_plans_are_the_linear_programs(frame, moved):
 @pytest.mark.parametrize("regularisation", [0.1, 1.0])
 def test_entropic_plans_are_sinkhorns(frame, moved, regularisation):
     cost = costs(frame, moved)
-    plan, converged = entropic_plan(cost, regularisation)
+    plan, converged = _entropic_plan(cost, regularisation)
     assert converged
     # the marginals are met to 1e-5 when it stops
     np.testing.assert_allclose(plan, oracle.entropic_plan(cost, regularisation), atol=1e-5)
@@ -56,15 +56,15 @@ def test_entropic_plans_are_sinkhorns(frame, moved, regularisation):
 
 def test_a_weaker_regularisation_tends_to_the_exact_plan():
     cost = costs(9, 9)
-    exact = exact_plan(cost)
-    gaps = [np.abs(entropic_plan(cost, share)[0] - exact).sum() for share in (1.0, 0.1, 0.01)]
+    exact = _exact_plan(cost)
+    gaps = [np.abs(_entropic_plan(cost, share)[0] - exact).sum() for share in (1.0, 0.1, 0.01)]
     assert gaps[0] > gaps[1] > gaps[2]
     assert gaps[2] < 0.1
 
 
 def test_maps_are_means():
-    for plan in (exact_plan(costs(5, 8)), entropic_plan(costs(6, 6), 0.1)[0]):
-        transform = transform_of(plan)
+    for plan in (_exact_plan(costs(5, 8)), _entropic_plan(costs(6, 6), 0.1)[0]):
+        transform = _transform_of(plan)
         assert isinstance(transform, LinearMap)
         into, back = oracle.maps(plan)
         np.testing.assert_allclose(transform.into[0].numpy(), into, rtol=1e-12)
@@ -301,7 +301,7 @@ def test_bad_options_are_refused(options, told):
 
 def test_a_regularisation_below_the_numbers_is_refused():
     with refuses(InputError, "too small"):
-        entropic_plan(costs(6, 6), 1e-323)
+        _entropic_plan(costs(6, 6), 1e-323)
 
 
 def test_it_says_what_it_needs():

@@ -15,7 +15,7 @@ from isthmus.errors import DataError, InputError
 from isthmus.match.assignment import assignment_value, solve_lap
 from isthmus.match.base import Problem
 from isthmus.match.gradient_search import TaskLoss, combine, move_softly
-from isthmus.match.sinkhorn import LAMBDAS, Sinkhorn, doubly_stochastic, rounded, squared_distance
+from isthmus.match.sinkhorn import LAMBDAS, Sinkhorn, _doubly_stochastic, _rounded, _squared_distance
 from isthmus.symmetry.transform import invert
 from oracles import sinkhorn as oracle
 from oracles.straight_through import as_sample, layers_of, loss_by_batch
@@ -63,7 +63,7 @@ def latent(seed: int, size: int, copies: int = 1) -> torch.Tensor:
 @given(st.integers(0, 99), st.integers(1, 9), st.sampled_from([0.05, 0.3, 1.0, 10.0]), st.integers(1, 15))
 def test_the_turns_are_the_transcriptions(seed, size, temperature, turns):
     x = latent(seed, size)
-    found = doubly_stochastic(x, temperature, turns)
+    found = _doubly_stochastic(x, temperature, turns)
     expected = oracle.turns_of(x[0].numpy(), temperature, turns)[-1]
     # exp(X / τ) is a product of up to e^80 that cancels in the transcription: 80 roundings' worth of relative error
     np.testing.assert_allclose(found.into[0].numpy(), expected, rtol=1e-11, atol=1e-300)
@@ -82,7 +82,7 @@ def test_columns_sum_to_one_after_any_turn_and_rows_after_many(seed, size, tempe
     spread = float(x.max() - x.min())
     before = math.inf
     for turns in (1, 3, 100):
-        matrix = doubly_stochastic(x, temperature, turns).into
+        matrix = _doubly_stochastic(x, temperature, turns).into
         assert (matrix >= 0).all()
         torch.testing.assert_close(matrix.sum(1), torch.ones(2, size).double(), rtol=0, atol=1e-12)  # 9 roundings
         slack = float((matrix.sum(2) - 1).abs().sum(1).max())
@@ -100,9 +100,9 @@ def test_what_is_added_to_a_row_or_column_cancels(seed):
     shifted = x + latent(seed + 100, 6)[:, :, :1]
     # A row's constant falls out of the first normalisation.
     torch.testing.assert_close(
-        doubly_stochastic(x, 0.5, 4).into, doubly_stochastic(shifted, 0.5, 4).into, rtol=1e-9, atol=1e-12
+        _doubly_stochastic(x, 0.5, 4).into, _doubly_stochastic(shifted, 0.5, 4).into, rtol=1e-9, atol=1e-12
     )
-    limits = [doubly_stochastic(each, 2.0, 200).into for each in (x, shifted + latent(seed + 200, 6)[:, :1, :])]
+    limits = [_doubly_stochastic(each, 2.0, 200).into for each in (x, shifted + latent(seed + 200, 6)[:, :1, :])]
     torch.testing.assert_close(*limits, rtol=0, atol=1e-8)  # a column's in the limit of many turns
 
 
@@ -112,7 +112,7 @@ def test_cooling_tends_to_the_value_of_the_assignment(seed, size, temperature):
     """P maximises ⟨X, P⟩ + τ H(P) with 0 ≤ H ≤ n log n, so that ⟨X, P⟩ is within τ n log n of the best assignment's."""
     x = latent(seed, size)
     value = assignment_value(x[0].numpy(), solve_lap(x[0].numpy()))
-    matrix = doubly_stochastic(x, temperature, 300).into
+    matrix = _doubly_stochastic(x, temperature, 300).into
     slack = float((matrix.sum(2) - 1).abs().sum()) * float(x.max() - x.min())  # as far as turns were too few
     reached = float((x * matrix).sum())
     assert value - temperature * size * math.log(size) - slack - 1e-9 <= reached <= value + slack + 1e-9
@@ -124,7 +124,7 @@ def test_cooling_tends_to_the_assignment(seed):
     x, size = latent(seed, 4), 4
     best = solve_lap(x[0].numpy())
     gap = second_best(x[0].numpy())
-    matrix = doubly_stochastic(x, gap / (20 * size * math.log(size)), 2000).into[0].numpy()
+    matrix = _doubly_stochastic(x, gap / (20 * size * math.log(size)), 2000).into[0].numpy()
     slack = np.abs(matrix.sum(1) - 1).sum()
     assert slack * float(x.max() - x.min()) / gap < 0.05  # turns enough
     assert matrix[np.arange(size), best].sum() > size * (1 - 0.05 - 0.05)
@@ -144,8 +144,8 @@ def second_best(x: np.ndarray) -> float:
 @pytest.mark.parametrize("turns", [1, 5])
 def test_the_gradient_goes_through_all_turns(turns):
     x, weight = latent(0, 4, copies=2).requires_grad_(), latent(1, 4, copies=2)
-    assert torch.autograd.gradcheck(lambda x: (doubly_stochastic(x, 0.7, turns).into * weight).sum(), [x])
-    (slope,) = torch.autograd.grad((doubly_stochastic(x, 0.7, turns).into * weight).sum(), [x])
+    assert torch.autograd.gradcheck(lambda x: (_doubly_stochastic(x, 0.7, turns).into * weight).sum(), [x])
+    (slope,) = torch.autograd.grad((_doubly_stochastic(x, 0.7, turns).into * weight).sum(), [x])
     for c in range(2):
         turned = oracle.turns_of(x[c].detach().numpy(), 0.7, turns)
         np.testing.assert_allclose(
@@ -155,7 +155,7 @@ def test_the_gradient_goes_through_all_turns(turns):
 
 def test_latents_are_rounded_to_the_assignment_they_gather_most_of():
     x = latent(3, 6, copies=3)
-    found = rounded({"s": x})["s"].indices
+    found = _rounded({"s": x})["s"].indices
     for c in range(3):
         assert np.array_equal(found[c], oracle.nearest(x[c].numpy()))
 
@@ -171,9 +171,9 @@ def test_the_gradient_of_a_loss_is_the_one_by_hand(loss):
     x, y = data_of(SMALL)[0]
     t = {"l2": 0.0, "midpoint": 0.5, "random": 0.3}[loss]
     points = {space.name: latent(seed, 12).mul(0.1).requires_grad_() for seed, space in enumerate(sym)}
-    state = move_softly(moved, {name: doubly_stochastic(p, 0.2, 6) for name, p in points.items()}, sym)
+    state = move_softly(moved, {name: _doubly_stochastic(p, 0.2, 6) for name, p in points.items()}, sym)
     if loss == "l2":
-        value = squared_distance(fixed, state, frozenset(name for name, _ in models[0].named_parameters()))
+        value = _squared_distance(fixed, state, frozenset(name for name, _ in models[0].named_parameters()))
     else:
         value = task.at(combine([fixed, state], [1 - t, t]), Batch((x,), {}, y))
     found = torch.autograd.grad(value, list(points.values()))

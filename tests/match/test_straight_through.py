@@ -10,7 +10,7 @@ from torch import nn
 import isthmus
 from isthmus.errors import DataError, InputError
 from isthmus.match.base import Problem, identity_transforms
-from isthmus.match.coordinate_ascent import random_start
+from isthmus.match.coordinate_ascent import _random_start
 from isthmus.match.gradient_search import TaskLoss
 from isthmus.match.straight_through import StraightThrough, Walk
 from isthmus.match.weight_matching import WeightMatching
@@ -67,7 +67,7 @@ def test_free_weights_and_projections_go_where_the_transcription_goes(count, sta
     task, rng = TaskLoss(problem, 50), np.random.default_rng(0)
     starts = [identity_transforms(sym), *(identity_transforms(sym) for _ in models[1:])]
     if start == "random":
-        starts[1:] = [random_start(sym, rng) for _ in models[1:]]
+        starts[1:] = [_random_start(sym, rng) for _ in models[1:]]
     walk = Walk(problem, task, starts, 0.05)
     networks = [oracle.layers_of(model) for model in models]
     expected = oracle.Walk(

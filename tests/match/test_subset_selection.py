@@ -6,7 +6,7 @@ import torch
 
 import isthmus
 from isthmus.errors import InputError, TransformError
-from isthmus.match.subset_selection import SubsetSelection, greedy_subset, select_units
+from isthmus.match.subset_selection import SubsetSelection, _greedy_subset, _select_units
 from isthmus.symmetry import LinearMap
 from pairs import MLP, VGG_BN, data_of, symmetry, trained
 
@@ -34,7 +34,7 @@ def test_the_choice_is_the_naive_greedy_one(seed):
     data = rng.normal(size=(60, 9)) @ rng.normal(size=(9, 9))
     covariance = np.cov(data, rowvar=False)
     wanted = rng.normal(size=(4, 9)) @ covariance
-    found = greedy_subset(torch.from_numpy(covariance), torch.from_numpy(wanted), 5)
+    found = _greedy_subset(torch.from_numpy(covariance), torch.from_numpy(wanted), 5)
     assert found == naive_greedy(covariance, wanted, 5)
 
 
@@ -42,14 +42,14 @@ def test_it_never_explains_less_than_nothing_and_stops_when_all_is_explained():
     base = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     data = torch.cat([base, base])
     covariance = data @ data.T / 50
-    assert len(greedy_subset(covariance, covariance, 6)) == 3
+    assert len(_greedy_subset(covariance, covariance, 6)) == 3
 
 
 def test_identical_models_keep_every_pair_once():
     units = torch.randn(200, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     both = torch.cat([units, units], dim=1)
     covariance = (both.T @ both / 200).reshape(2, 6, 2, 6)
-    found = select_units(
+    found = _select_units(
         covariance, torch.randn(2, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     )
     assert sum(found.kinds) == 6

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import isthmus
 from isthmus import Permutation
 from isthmus.errors import DataError, InputError
-from isthmus.match.coordinate_ascent import forward_start, random_start
+from isthmus.match.coordinate_ascent import _forward_start, _random_start
 from isthmus.match.nested import family_of, paired_value
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.match.weight_objective import WeightObjective
@@ -232,7 +232,7 @@ def test_a_familys_similarities_tell_the_change_of_the_objective(name):
     sym = isthmus.trace(a, *a.inputs()[0])
     objective = WeightObjective(sym, a.state_dict(), b.state_dict(), frozenset(dict(a.named_parameters())))
     rng = np.random.default_rng(0)
-    here = random_start(sym, rng)
+    here = _random_start(sym, rng)
     for root in objective.families():
         assert not objective.is_coupled(root)
         family = family_of(sym, root)
@@ -254,7 +254,7 @@ def test_inner_similarities_tell_the_change_of_the_objective(name):
     objective = WeightObjective(sym, a.state_dict(), b.state_dict(), frozenset(dict(a.named_parameters())))
     rng = np.random.default_rng(0)
     for space in [space for space in sym if not sym.children(space)] * 3:
-        here = random_start(sym, rng)
+        here = _random_start(sym, rng)
         move = Permutation.random(space, rng)
         inner = objective.inner_similarity(space, here)
         facing = [np.take_along_axis(inner, each.indices[:, :, None], 2).sum() for each in (move, here[space.name])]
@@ -270,7 +270,7 @@ def test_one_pass_from_the_input_on_recovers_a_planted_permutation(name):
     model, sym = lively(name, 0), symmetry(name)
     moved, planted_transforms = planted(model, sym, 1)
     parameters = frozenset(dict(model.named_parameters()))
-    found = forward_start(WeightObjective(sym, model.state_dict(), moved.state_dict(), parameters))
+    found = _forward_start(WeightObjective(sym, model.state_dict(), moved.state_dict(), parameters))
     undone = compose(found, planted_transforms, sym)
     assert all(transform.is_identity for transform in undone.values())
 

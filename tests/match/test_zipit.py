@@ -8,7 +8,7 @@ import torch
 
 import isthmus
 from isthmus.errors import InputError
-from isthmus.match.zipit import ZipIt, correlations, slots_of, zip_units, zippable
+from isthmus.match.zipit import ZipIt, _correlations, _slots_of, _zip_units, _zippable
 from isthmus.observe.moments import SpaceMoments
 from isthmus.symmetry import LinearMap, Permutation
 from oracles import zipit as oracle
@@ -38,31 +38,31 @@ def test_the_groups_are_the_naive_ones(models, beta, alpha):
     for seed in range(4):
         similarity = random_correlations(models, 9, seed)
         expected = oracle.zip_groups(similarity, models, beta, alpha)
-        found = zip_units(similarity, models, beta, alpha)
+        found = _zip_units(similarity, models, beta, alpha)
         assert as_groups(found.slots) == {frozenset(group) for group in expected}
 
 
 @pytest.mark.parametrize("models", [2, 3])
 def test_every_unit_goes_into_one_group_and_no_slot_stays_empty(models):
     for beta, alpha in SETTINGS:
-        slots = zip_units(random_correlations(models, 20, 1), models, beta, alpha).slots
+        slots = _zip_units(random_correlations(models, 20, 1), models, beta, alpha).slots
         assert slots.shape == (models, 20)
         assert set(slots.ravel().tolist()) == set(range(20))
 
 
 def test_without_a_budget_two_models_are_permuted():
-    found = zip_units(random_correlations(2, 30, 0), 2, 0.0, 1.0)
+    found = _zip_units(random_correlations(2, 30, 0), 2, 0.0, 1.0)
     assert found.within == [0, 0]
     assert all(sorted(row) == list(range(30)) for row in found.slots.tolist())
 
 
 def test_the_budget_bounds_the_merges_within_each_model():
     similarity = random_correlations(3, 20, 0)
-    free = zip_units(similarity, 3, 1.0, 1.0)
+    free = _zip_units(similarity, 3, 1.0, 1.0)
     assert min(free.within) > 2
     # 40 merges, a tenth of them over three models: one each, and more only where nothing else was left
-    assert max(zip_units(similarity, 3, 0.1, 1.0).within) < max(free.within)
-    assert zip_units(random_correlations(2, 20, 0), 2, 0.4, 1.0).within <= [4, 4]
+    assert max(_zip_units(similarity, 3, 0.1, 1.0).within) < max(free.within)
+    assert _zip_units(random_correlations(2, 20, 0), 2, 0.4, 1.0).within <= [4, 4]
 
 
 def test_a_smaller_factor_makes_groups_more_even():
@@ -70,24 +70,24 @@ def test_a_smaller_factor_makes_groups_more_even():
     loadings = np.concatenate([np.linspace(0.99, 0.1, 40), np.linspace(0.98, 0.09, 40)])
     unevenness = []
     for alpha in (1.0, 0.9, 0.0):
-        slots = zip_units(np.outer(loadings, loadings), 2, 1.0, alpha).slots
+        slots = _zip_units(np.outer(loadings, loadings), 2, 1.0, alpha).slots
         unevenness.append(np.square(np.bincount(slots.ravel())).sum())
     assert unevenness[0] > unevenness[1] > unevenness[2]
 
 
 def test_slots_are_those_of_the_first_model():
-    slots = zip_units(random_correlations(2, 25, 0), 2, 1.0, 1.0).slots
+    slots = _zip_units(random_correlations(2, 25, 0), 2, 1.0, 1.0).slots
     for slot in range(25):
         mine = np.flatnonzero(slots[0] == slot)
         if len(mine):  # its lowest unit, which stood here
             assert mine.min() == slot
-    assert np.array_equal(slots_of(np.array([[0, 0, 2], [3, 2, 2]])), [[0, 0, 2], [1, 2, 2]])
+    assert np.array_equal(_slots_of(np.array([[0, 0, 2], [3, 2, 2]])), [[0, 0, 2], [1, 2, 2]])
 
 
 def test_units_that_never_vary_are_alike():
     covariance = torch.eye(6, dtype=torch.float64)
     covariance[1], covariance[:, 1], covariance[4], covariance[:, 4] = 0, 0, 0, 0
-    found = correlations(SpaceMoments(10, torch.zeros(2, 3), covariance.reshape(2, 3, 2, 3)))
+    found = _correlations(SpaceMoments(10, torch.zeros(2, 3), covariance.reshape(2, 3, 2, 3)))
     assert found[1, 4] == found[4, 1] == found[1, 1] == 1
     assert found[0, 1] == found[1, 2] == 0
 
@@ -121,10 +121,10 @@ def test_spaces_that_would_take_the_factor_twice_are_left_out():
     for name, left in (("TiedAutoencoder", False), ("DenseBlock", True), ("Attention", True)):
         model = STRUCTURES[name]().eval()
         sym = isthmus.trace(model, *model.inputs()[0])
-        for space in zippable(sym):
+        for space in _zippable(sym):
             assert space.parent is None
             assert not sym.children(space)
-        assert bool(zippable(sym)) == left, name
+        assert bool(_zippable(sym)) == left, name
 
 
 @pytest.mark.parametrize("models", [2, 3])
@@ -134,7 +134,7 @@ def test_the_merged_network_is_the_papers(models):
     found = isthmus.align(parents, symmetry(MLP), options, data=data_of(MLP))
     assert any(isinstance(t, LinearMap) for t in found.transforms[0].values())
     moments = isthmus.collect(parents, symmetry(MLP), data_of(MLP))
-    groups = [oracle.zip_groups(correlations(moments[s.name]), models, 1.0, 0.8) for s in symmetry(MLP)]
+    groups = [oracle.zip_groups(_correlations(moments[s.name]), models, 1.0, 0.8) for s in symmetry(MLP)]
     states = [{k: v.double().numpy() for k, v in parent.state_dict().items()} for parent in parents]
     layers = [name.removesuffix(".weight") for name in states[0] if name.endswith(".weight")]
     weights, biases = oracle.zip_mlp(

@@ -14,7 +14,7 @@ from isthmus.errors import InputError, ModelError, SymmetryError, TransformError
 from isthmus.symmetry import Group, LinearMap, Permutation, Site, Space, Symmetry
 from isthmus.symmetry.groups import random_element
 from isthmus.symmetry.transform import move_state
-from isthmus.tracing.proof import moved_by, rounding, stirred
+from isthmus.tracing.proof import _moved_by, _rounding, _stirred
 from isthmus.tracing.random_network import draw
 from refusals import refuses
 from zoo import ZOO, Net, built, double, traced
@@ -71,7 +71,7 @@ def test_each_space_alone_keeps_the_function(name):
         return
     sample = draw(double(built(name)), symmetry, built(name).inputs(), rng)
     for space in symmetry:
-        moved = move_state(sample.state, {**identity, space.name: stirred(space, rng)}, symmetry)
+        moved = move_state(sample.state, {**identity, space.name: _stirred(space, rng)}, symmetry)
         assert sample.change(moved) <= LARGEST_ERROR, space.name
 
 
@@ -84,7 +84,7 @@ def test_each_larger_group_alone_keeps_the_function(name):
         alone[space.name] = random_element(space, rng)
         assert isinstance(alone[space.name], LinearMap) == (space.group is not Group.PERMUTATION)
         # Maps of condition number two and their inverses magnify rounding by two each.
-        assert sample.change(moved_by(alone, sample.state, symmetry)) <= 4 * LARGEST_ERROR, space.name
+        assert sample.change(_moved_by(alone, sample.state, symmetry)) <= 4 * LARGEST_ERROR, space.name
 
 
 LARGER = {Group.PERMUTATION: Group.ORTHOGONAL_FIXING_ONES, Group.ORTHOGONAL_FIXING_ONES: Group.ORTHOGONAL}
@@ -388,8 +388,8 @@ def test_a_symmetry_from_a_file_can_be_verified():
 def test_the_tolerance_grows_with_depth_and_width():
     eps = float(np.finfo(np.float64).eps)
     # Five operations; the longest sum has five terms.
-    assert rounding(traced("PlainMLP"), eps) == pytest.approx(eps * 5**0.5 * 5 * 8)
-    assert rounding(traced("ConvChannelsFirst"), eps) == pytest.approx(eps * 18**0.5 * 6 * 8)
+    assert _rounding(traced("PlainMLP"), eps) == pytest.approx(eps * 5**0.5 * 5 * 8)
+    assert _rounding(traced("ConvChannelsFirst"), eps) == pytest.approx(eps * 18**0.5 * 6 * 8)
 
 
 @pytest.mark.parametrize(

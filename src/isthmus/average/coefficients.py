@@ -56,9 +56,9 @@ def check_coefficients(given: Given, models: int, names: Iterable[str] = ()) -> 
     if given is None:
         return Coefficients(equal)
     if not isinstance(given, Mapping):
-        return Coefficients(scaled(given, models, ""))
+        return Coefficients(_scaled(given, models, ""))
     known = list(names)
-    lists = {prefix: scaled(weights, models, f" of {prefix!r}") for prefix, weights in given.items()}
+    lists = {prefix: _scaled(weights, models, f" of {prefix!r}") for prefix, weights in given.items()}
     default = lists.pop("", equal)
     for prefix in lists:
         if not any(lies_in(name, prefix) for name in known):
@@ -69,7 +69,7 @@ def check_coefficients(given: Given, models: int, names: Iterable[str] = ()) -> 
     return Coefficients(default, lists)
 
 
-def scaled(weights: Sequence[float], models: int, where: str) -> tuple[float, ...]:
+def _scaled(weights: Sequence[float], models: int, where: str) -> tuple[float, ...]:
     """The weights, scaled to sum to one."""
     if len(weights) != models:
         raise InputError(f"{len(weights)} coefficients{where} for {models} models: give one a model")

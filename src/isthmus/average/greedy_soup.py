@@ -57,31 +57,31 @@ class GreedySoup:
             )
         fitting, held = split_batches(aligned.data, self.held_out)
         alive = aligned.coefficients.counting
-        losses = {index: evaluate(mean_of(aligned, [index]), held).loss for index in progress(alive, "scoring models")}
+        losses = {index: evaluate(_mean_of(aligned, [index]), held).loss for index in progress(alive, "scoring models")}
         order = sorted(alive, key=lambda index: losses[index] if math.isfinite(losses[index]) else math.inf)
         chosen, lowest = order[:1], losses[order[0]]
         for index in progress(order[1:], "cooking the soup"):
             tried = sorted([*chosen, index])
-            if not counts(aligned.coefficients, tried):
+            if not _counts(aligned.coefficients, tried):
                 continue
-            loss = evaluate(measured(mean_of(aligned, tried), fitting), held).loss
+            loss = evaluate(_measured(_mean_of(aligned, tried), fitting), held).loss
             if loss <= lowest:
                 chosen, lowest = tried, loss
-        model = mean_of(aligned, chosen)
+        model = _mean_of(aligned, chosen)
         if len(chosen) > 1:
-            measured(model, aligned.data)
+            _measured(model, aligned.data)
         aligned.measured.update(running_statistics(model))
         return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
-def counts(coefficients: Coefficients, chosen: Sequence[int]) -> bool:
+def _counts(coefficients: Coefficients, chosen: Sequence[int]) -> bool:
     """Whether the chosen models' weights can be scaled to sum to one everywhere."""
     return all(
         sum(weights[index] for index in chosen) for weights in (coefficients.default, *coefficients.by_prefix.values())
     )
 
 
-def restricted(coefficients: Coefficients, chosen: Sequence[int]) -> Coefficients:
+def _restricted(coefficients: Coefficients, chosen: Sequence[int]) -> Coefficients:
     """The coefficients with those of all other models set to zero, and scaled again."""
 
     def scaled(weights: Sequence[float]) -> tuple[float, ...]:
@@ -92,15 +92,15 @@ def restricted(coefficients: Coefficients, chosen: Sequence[int]) -> Coefficient
     return Coefficients(scaled(coefficients.default), by_prefix)
 
 
-def mean_of(aligned: Aligned, chosen: Sequence[int]) -> nn.Module:
+def _mean_of(aligned: Aligned, chosen: Sequence[int]) -> nn.Module:
     """The mean of the chosen models; one model alone is itself whatever its weights."""
     if len(chosen) == 1:
         return aligned.network(aligned.states[chosen[0]])
-    merged = Mean()(replace(aligned, coefficients=restricted(aligned.coefficients, chosen)))
+    merged = Mean()(replace(aligned, coefficients=_restricted(aligned.coefficients, chosen)))
     return aligned.network({**aligned.states[0], **merged})
 
 
-def measured(model: nn.Module, data: Sequence[Batch] | Any) -> nn.Module:
+def _measured(model: nn.Module, data: Sequence[Batch] | Any) -> nn.Module:
     """The model with the running statistics of its normalisation layers measured on data, in place."""
     if normalisation_layers(model):
         reset_statistics(model, data)

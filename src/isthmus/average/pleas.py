@@ -143,7 +143,7 @@ class Fitting:
         exact = self.aligned.is_exact
         states = self.aligned.states if exact else [model.state_dict() for model in self.aligned.models]
         dtype = first_float(start).dtype
-        parents = [Sweep(program, upcast(states[index], dtype), self.batches, targets) for index in self.alive]
+        parents = [Sweep(program, _upcast(states[index], dtype), self.batches, targets) for index in self.alive]
         generator = torch.Generator().manual_seed(self.aligned.seed)
         steps: list[tuple[int, Layer | BatchNorm]] = [(merged.order[layer.contraction.node], layer) for layer in layers]
         steps += [(merged.order[norm.node], norm) for norm in others]
@@ -261,6 +261,6 @@ class Rows:
     beside: Float[Tensor, "rows units"] | None
 
 
-def upcast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _upcast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """A state in the precision of the fit."""
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}

@@ -113,9 +113,9 @@ class RegMean:
                 weighted = [batch.size * each for each in products]
                 totals[name] = weighted if old is None else [a + b for a, b in zip(old, weighted, strict=True)]
             rows += batch.size
-        return {name: [shrunk(each / rows, self.shrink) for each in found] for name, found in totals.items()}
+        return {name: [_shrunk(each / rows, self.shrink) for each in found] for name, found in totals.items()}
 
 
-def shrunk(gram: Tensor, factor: float) -> Tensor:
+def _shrunk(gram: Tensor, factor: float) -> Tensor:
     """The matrix with its off-diagonal numbers times `factor`."""
     return factor * gram + (1 - factor) * torch.diag(gram.diagonal())

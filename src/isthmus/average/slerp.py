@@ -49,13 +49,13 @@ class Slerp:
             last = end[name].double()
             share = aligned.weights(name)[alive[-1]]
             mixed = (
-                along_arc(first.double(), last, share) if name in trained else torch.lerp(first.double(), last, share)
+                _along_arc(first.double(), last, share) if name in trained else torch.lerp(first.double(), last, share)
             )
             merged[name] = mixed.to(first.dtype)
         return merged
 
 
-def along_arc(first: Float[Tensor, "*shape"], last: Float[Tensor, "*shape"], share: float) -> Float[Tensor, "*shape"]:
+def _along_arc(first: Float[Tensor, "*shape"], last: Float[Tensor, "*shape"], share: float) -> Float[Tensor, "*shape"]:
     """The tensor at a share of the angle from `first` to `last`; lengths are interpolated with the same weights."""
     norms = first.norm() * last.norm()
     cosine = (first * last).sum() / norms if norms > 0 else torch.ones(())

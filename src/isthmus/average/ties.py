@@ -39,11 +39,11 @@ class Ties:
 
     def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
         """The merged tensors."""
-        trimmed = [trim(vector, self.density) for vector in task_vectors(aligned)]
+        trimmed = [_trim(vector, self.density) for vector in task_vectors(aligned)]
         return add_to_base(aligned, disjoint_mean(aligned, trimmed), self.scale)
 
 
-def trim(vector: TaskVector, density: float) -> TaskVector:
+def _trim(vector: TaskVector, density: float) -> TaskVector:
     """The task vector with all but its largest numbers set to zero; ties at the edge are all kept."""
     sizes = torch.cat([step.abs().flatten() for step in vector.values()])
     kept = max(1, round(density * len(sizes)))

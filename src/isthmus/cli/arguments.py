@@ -71,7 +71,7 @@ def parse_shape(text: str | None) -> list[int] | str | None:
     return list(first.shape) if plain else text
 
 
-def find_architecture(paths: Sequence[str], model: str | None) -> str:
+def _find_architecture(paths: Sequence[str], model: str | None) -> str:
     """The architecture that was named, else that of the Hugging Face folders which the checkpoints are.
 
     Raises:
@@ -111,8 +111,8 @@ def build_recipe(
     """
     averaging = {name.removeprefix("average."): value for name, value in options.items() if name.startswith("average.")}
     options = {name: value for name, value in options.items() if not name.startswith("average.")}
-    check_option_names(method, options)
-    architecture = find_architecture(paths, model)
+    _check_option_names(method, options)
+    architecture = _find_architecture(paths, model)
     if samples < 1:
         raise InputError(f"--samples {samples}: give a positive number")
     members = [Member(model=path) for path in paths]
@@ -139,7 +139,7 @@ def build_recipe(
     return recipe
 
 
-def check_option_names(method: str, options: Mapping[str, Any]) -> None:
+def _check_option_names(method: str, options: Mapping[str, Any]) -> None:
     """Refuses an option that neither the command nor the method has, with a hint at the nearest of both."""
     import dataclasses
 
@@ -148,18 +148,18 @@ def check_option_names(method: str, options: Mapping[str, Any]) -> None:
     if method not in METHODS:
         return  # the recipe's own check names the methods there are
     fields: Any = METHODS[method]
-    own = [flag(field.name) for field in dataclasses.fields(fields)]
+    own = [_flag(field.name) for field in dataclasses.fields(fields)]
     commands: Any = typer.main.get_command(app)
     known = sorted(
         {p.opts[-1] for command in commands.commands.values() for p in command.params if p.opts[-1][0] == "-"}
     )
     for name in options:
-        if flag(name) not in own:
-            hint = did_you_mean(flag(name), [*own, *known])
-            raise InputError(f"no option {flag(name)}{hint}: {method} has {', '.join(own) or 'none'}; see --help")
+        if _flag(name) not in own:
+            hint = did_you_mean(_flag(name), [*own, *known])
+            raise InputError(f"no option {_flag(name)}{hint}: {method} has {', '.join(own) or 'none'}; see --help")
 
 
-def flag(name: str) -> str:
+def _flag(name: str) -> str:
     """An option as it is written on the command line."""
     return f"--{name.replace('_', '-')}"
 

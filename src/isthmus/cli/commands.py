@@ -392,24 +392,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = command.main(args=arguments, standalone_mode=False, prog_name="isthmus")
         return result if isinstance(result, int) else 0
     except (typer.Abort, KeyboardInterrupt):
-        return interrupted()
+        return _interrupted()
     except UsageError as error:
-        return refuse(f"{error.format_message().rstrip('.')}; see isthmus {' '.join(arguments[:1])} --help")
+        return _refuse(f"{error.format_message().rstrip('.')}; see isthmus {' '.join(arguments[:1])} --help")
     except IsthmusError as error:
-        return refuse(str(error))
+        return _refuse(str(error))
     except OSError as error:
-        return refuse(
+        return _refuse(
             f"{error.strerror or error}: {error.filename or 'while reading or writing'}; check the path and the disk"
         )
 
 
-def refuse(message: str) -> int:
+def _refuse(message: str) -> int:
     """Prints one line on standard error; the exit code for bad input."""
     sys.stderr.write(f"isthmus: {' '.join(message.split())}\n")
     return 2
 
 
-def interrupted() -> int:
+def _interrupted() -> int:
     """Says that the user stopped the run; the exit code for that."""
     sys.stderr.write("isthmus: interrupted; nothing was written\n")
     return 130

@@ -81,7 +81,7 @@ def print_comparison(report: Mapping[str, Any]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     reference = [(f"parent {index}", score) for index, score in enumerate(found["parents"])]
     for name, score in [*reference, ("ensemble", found["ensemble"])]:
-        table.add_row(name, "", "", spoken_share(score["accuracy"]), f"{score['loss']:.4f}", "", "", "", style="dim")
+        table.add_row(name, "", "", _spoken_share(score["accuracy"]), f"{score['loss']:.4f}", "", "", "", style="dim")
     scored = [row[key] for row in found["rows"] if row[key] is not None]
     best = min(scored, key=lambda value: sign * value, default=None)
     for row in found["rows"]:
@@ -91,17 +91,17 @@ def print_comparison(report: Mapping[str, Any]) -> None:
             continue
         memory = "–" if row["memory"] is None else f"{row['memory'] / 2**20:.0f}"
         table.add_row(
-            *names, spoken_share(row["accuracy"]), f"{row['loss']:.4f}", f"{row['barrier']:+.4f}",
+            *names, _spoken_share(row["accuracy"]), f"{row['loss']:.4f}", f"{row['barrier']:+.4f}",
             f"{row['seconds']:.1f}", memory, style="bold" if row[key] == best else None,
         )  # fmt: skip
     console.print(table)
     for note in dict.fromkeys((row["method"], row["note"]) for row in found["rows"] if row["note"]):
         console.print(f"{note[0]}: {escape(note[1])}", style="yellow")
     if report["cycles"]:
-        print_cycles(report["cycles"])
+        _print_cycles(report["cycles"])
 
 
-def print_cycles(cycles: Sequence[Mapping[str, Any]]) -> None:
+def _print_cycles(cycles: Sequence[Mapping[str, Any]]) -> None:
     """Prints every method's cycle error and the barriers half way between the models that it moved."""
     table = Table(
         title="Around cycles", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
@@ -112,7 +112,7 @@ def print_cycles(cycles: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(f"barrier {line['models'][0]}–{line['models'][1]}", justify="right", no_wrap=True)
     for each in cycles:
         table.add_row(
-            each["method"], spoken_share(each["share_lost"]), *(f"{line['barrier']:+.4f}" for line in each["lines"])
+            each["method"], _spoken_share(each["share_lost"]), *(f"{line['barrier']:+.4f}" for line in each["lines"])
         )
     console.print(table)
 
@@ -139,7 +139,7 @@ def print_explanation(told: Mapping[str, Any]) -> None:
         console.print(f"  {escape(claim['figure'])}", style="dim")
 
 
-def spoken_share(value: float | None) -> str:
+def _spoken_share(value: float | None) -> str:
     """A share in percent, or a dash."""
     return "–" if value is None else f"{100 * value:.2f} %"
 

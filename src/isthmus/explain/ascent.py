@@ -40,7 +40,7 @@ def draw(
         InputError: No gradient arrives at the pictures.
         ModelError: A unit answers with NaN or infinity.
     """
-    generators = [generator_of(seed, target.space, slot) for slot in slots]
+    generators = [_generator_of(seed, target.space, slot) for slot in slots]
     numbers = torch.stack([method.start(target.shape, g) for g in generators]).to(target.device)
     draws = torch.stack([torch.rand(steps, 4, generator=g) * 2 - 1 for g in generators], dim=1).to(target.device)
     index = torch.tensor(units, device=target.device)[:, None]
@@ -49,7 +49,7 @@ def draw(
     for step in progress(range(steps), f"drawing {target.space}"):
         with torch.enable_grad():
             free = numbers.clone().requires_grad_()
-            images = shaken(method.images(free, statistics, target.shape), draws[step], method, mean)
+            images = _shaken(method.images(free, statistics, target.shape), draws[step], method, mean)
             reached = target.values(state, images).gather(1, index).sum()
             if not reached.requires_grad:
                 raise InputError(f"space {target.space} cannot be drawn: no gradient arrives at the images")
@@ -67,7 +67,7 @@ def draw(
     return images.cpu(), activations.cpu()
 
 
-def shaken(
+def _shaken(
     images: Float[Tensor, "images channels height width"],
     draws: Float[Tensor, "images 4"],
     method: Parametrisation,
@@ -90,7 +90,7 @@ def shaken(
     return F.grid_sample(images - mean, grid, padding_mode="zeros", align_corners=False) + mean
 
 
-def generator_of(seed: int, space: str, slot: int) -> torch.Generator:
+def _generator_of(seed: int, space: str, slot: int) -> torch.Generator:
     """A generator of its own for every seed, space and slot."""
     digest = hashlib.sha256(f"{seed}\n{space}\n{slot}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -98,15 +98,15 @@ def judge_claims(
         if name not in METHODS:
             raise InputError(f"barrier {name!r}: choose from {', '.join(METHODS)}")
     return (
-        judge_distance(spectra, taylor),
-        judge_values(spectra),
-        judge_order(spectra),
-        judge_merged(spectra),
-        judge_methods(spectra, activation_matching, ste, known),
+        _judge_distance(spectra, taylor),
+        _judge_values(spectra),
+        _judge_order(spectra),
+        _judge_merged(spectra),
+        _judge_methods(spectra, activation_matching, ste, known),
     )
 
 
-def judge_distance(spectra: Spectra | None, taylor: TaylorBarrier | None) -> Claim:
+def _judge_distance(spectra: Spectra | None, taylor: TaylorBarrier | None) -> Claim:
     """Claim 1: distance does not explain the barrier."""
     text = (
         "Weight matching takes off only little of the distance between two models, and a second-order estimate of the "
@@ -117,9 +117,9 @@ def judge_distance(spectra: Spectra | None, taylor: TaylorBarrier | None) -> Cla
         f"(barriers below {FLOOR} count as {FLOOR})"
     )
     missing = [
-        *missing_unless(spectra is not None, "the spectra after weight matching"),
-        *missing_unless(spectra is None or spectra.distance_before > 0, "two models that differ"),
-        *missing_unless(taylor is not None, "the Taylor estimate of the aligned models"),
+        *_missing_unless(spectra is not None, "the spectra after weight matching"),
+        *_missing_unless(spectra is None or spectra.distance_before > 0, "two models that differ"),
+        *_missing_unless(taylor is not None, "the Taylor estimate of the aligned models"),
     ]
     if spectra is None or taylor is None or missing:
         return unmeasured(text, missing, threshold)
@@ -132,7 +132,7 @@ def judge_distance(spectra: Spectra | None, taylor: TaylorBarrier | None) -> Cla
     return Claim(text, figure, verdict_of(taken <= LITTLE, error > MISSED), threshold)
 
 
-def judge_values(spectra: Spectra | None) -> Claim:
+def _judge_values(spectra: Spectra | None) -> Claim:
     """Claim 2: spectra coincide, and matching leaves them as they are."""
     text = (
         "Permutations change no singular value, and the spectra of independently trained models nearly coincide, those "
@@ -143,9 +143,9 @@ def judge_values(spectra: Spectra | None) -> Claim:
         f"{ALIKE:.0%} of their norm; that of the last layer is the largest"
     )
     missing = [
-        *missing_unless(spectra is not None, "the spectra after weight matching"),
-        *missing_unless(spectra is None or spectra.exact, "an alignment by permutations"),
-        *missing_unless(spectra is None or len(spectra.layers) > 1, "two layers or more"),
+        *_missing_unless(spectra is not None, "the spectra after weight matching"),
+        *_missing_unless(spectra is None or spectra.exact, "an alignment by permutations"),
+        *_missing_unless(spectra is None or len(spectra.layers) > 1, "two layers or more"),
     ]
     if spectra is None or missing:
         return unmeasured(text, missing, threshold)
@@ -161,19 +161,21 @@ def judge_values(spectra: Spectra | None) -> Claim:
     return Claim(text, figure, verdict_of(within and middle <= ALIKE, worst == last), threshold)
 
 
-def judge_order(spectra: Spectra | None) -> Claim:
+def _judge_order(spectra: Spectra | None) -> Claim:
     """Claim 3: large directions are aligned first."""
     text = "Weight matching aligns the singular directions of large singular values first."
     threshold = (
         f"R at γ = {GAMMA} is above R at γ = 0 by at least {LEAD}; the median Spearman correlation of a direction's "
         f"alignment with its singular value over the layers is at least {RISING}"
     )
-    missing = missing_unless(spectra is not None, "the spectra after weight matching")
-    overlaps = overlaps_of(spectra)
-    missing += missing_unless(spectra is None or {0.0, GAMMA} <= overlaps.keys(), f"R at γ = 0 and {GAMMA}")
+    missing = _missing_unless(spectra is not None, "the spectra after weight matching")
+    overlaps = _overlaps_of(spectra)
+    missing += _missing_unless(spectra is None or {0.0, GAMMA} <= overlaps.keys(), f"R at γ = 0 and {GAMMA}")
     known = [layer.rank_correlation for layer in spectra.layers] if spectra is not None else []
     correlations = [value for value in known if value is not None]
-    missing += missing_unless(spectra is None or bool(correlations), "a layer whose directions are aligned differently")
+    missing += _missing_unless(
+        spectra is None or bool(correlations), "a layer whose directions are aligned differently"
+    )
     if spectra is None or missing:
         return unmeasured(text, missing, threshold)
     (all_before, all_after), (large_before, large_after) = overlaps[0.0], overlaps[GAMMA]
@@ -185,7 +187,7 @@ def judge_order(spectra: Spectra | None) -> Claim:
     return Claim(text, figure, verdict_of(large_after - all_after >= LEAD, middle >= RISING), threshold)
 
 
-def judge_merged(spectra: Spectra | None) -> Claim:
+def _judge_merged(spectra: Spectra | None) -> Claim:
     """Claim 4: the merged model keeps the directions that carry the function."""
     text = (
         "The merged model keeps the large singular directions of the models that it was made of, and these carry the "
@@ -197,12 +199,12 @@ def judge_merged(spectra: Spectra | None) -> Claim:
         f"the span of its top {MOST:.0%} of directions is at least {TWICE:g} times that of chance"
     )
     layers = spectra.layers if spectra is not None else ()
-    split = [pair for pair in map(split_gains, layers) if pair is not None]
+    split = [pair for pair in map(_split_gains, layers) if pair is not None]
     fed = [layer for layer in layers if layer.input_shares]
     missing = [
-        *missing_unless(spectra is not None, "the spectra after weight matching"),
-        *missing_unless(spectra is None or bool(split), "the merged model (merged=) with directions of both kinds"),
-        *missing_unless(spectra is None or bool(fed), "what the layers read (data=)"),
+        *_missing_unless(spectra is not None, "the spectra after weight matching"),
+        *_missing_unless(spectra is None or bool(split), "the merged model (merged=) with directions of both kinds"),
+        *_missing_unless(spectra is None or bool(fed), "what the layers read (data=)"),
     ]
     if missing:
         return unmeasured(text, missing, threshold)
@@ -217,7 +219,7 @@ def judge_merged(spectra: Spectra | None) -> Claim:
     return Claim(text, figure, verdict_of(large - small >= WIDER, median(ratios) >= TWICE), threshold)
 
 
-def judge_methods(
+def _judge_methods(
     spectra: Spectra | None, activation: Spectra | None, ste: Spectra | None, barriers: Mapping[str, float]
 ) -> Claim:
     """Claim 5: activation matching is alike, the straight-through estimator is not."""
@@ -233,10 +235,10 @@ def judge_methods(
         "matching's"
     )
     found = {"weight_matching": spectra, "activation_matching": activation, "ste": ste}
-    overlaps = {name: overlaps_of(each) for name, each in found.items()}
+    overlaps = {name: _overlaps_of(each) for name, each in found.items()}
     missing = [f"the barrier of {name}" for name in METHODS if name not in barriers]
     missing += [f"R of {name} at γ = {GAMMA}" for name in found if GAMMA not in overlaps[name]]
-    missing += missing_unless("naive" not in barriers or barriers["naive"] > FLOOR, "a naive barrier to lower")
+    missing += _missing_unless("naive" not in barriers or barriers["naive"] > FLOOR, "a naive barrier to lower")
     if missing:
         return unmeasured(text, missing, threshold)
     room = NEAR * barriers["naive"]
@@ -255,7 +257,7 @@ def verdict_of(*parts: bool) -> str:
     return HOLDS if all(parts) else PARTLY if any(parts) else FAILS
 
 
-def missing_unless(there: bool, what: str) -> list[str]:
+def _missing_unless(there: bool, what: str) -> list[str]:
     """What is missing, if it is."""
     return [] if there else [what]
 
@@ -265,7 +267,7 @@ def unmeasured(text: str, missing: list[str], threshold: str) -> Claim:
     return Claim(text, f"not measured: {'; '.join(missing)} would be needed", None, threshold)
 
 
-def overlaps_of(spectra: Spectra | None) -> dict[float, tuple[float, float]]:
+def _overlaps_of(spectra: Spectra | None) -> dict[float, tuple[float, float]]:
     """R of the whole network before and after matching, by threshold, where it is defined."""
     if spectra is None:
         return {}
@@ -273,7 +275,7 @@ def overlaps_of(spectra: Spectra | None) -> dict[float, tuple[float, float]]:
     return {threshold: pair for threshold, pair in every.items() if not any(map(math.isnan, pair))}
 
 
-def split_gains(layer: LayerSpectrum) -> tuple[float, float] | None:
+def _split_gains(layer: LayerSpectrum) -> tuple[float, float] | None:
     """The merged model's gain along A's large directions and along the others, None where there are none of one kind.
 
     Gains are weighted by squared singular values: how much of A's own matrix, in that part, the merged one holds.

@@ -68,7 +68,7 @@ def match_directions(
     Source: this project's own intervention, on the claim of Ito, Yamada, Kumagai, ICLR 2025, that weight matching works
         by aligning the largest singular directions.
     """
-    check_part(keep, part)
+    _check_part(keep, part)
     modules = as_modules(models, module)
     symmetry = with_graph(modules[0], symmetry, data)
     weights, _ = weights_of(symmetry, modules[0])
@@ -81,7 +81,7 @@ def match_directions(
         part_norm = whole_norm = 0.0
         for weight in weights:
             factors = factorise(weight.blocks(model.state_dict()))
-            chosen = chosen_directions(factors, keep, part)
+            chosen = _chosen_directions(factors, keep, part)
             blocks = (factors.left * (factors.values * chosen).unsqueeze(1)) @ factors.right
             state[weight.name] = weight.restored(blocks, upcast(model.state_dict())[weight.name])
             part_norm += float((factors.values * chosen).square().sum())
@@ -97,7 +97,7 @@ def match_directions(
     return replace(found, method="match_directions", details={**found.details, **told})
 
 
-def check_part(keep: int | float, part: str) -> None:
+def _check_part(keep: int | float, part: str) -> None:
     """Refuses an unknown part or a number of directions that no matrix has.
 
     Raises:
@@ -110,7 +110,7 @@ def check_part(keep: int | float, part: str) -> None:
         raise InputError(f"keep={keep!r}: give a number of directions, 1 or more, or a share above 0 and up to 1.0")
 
 
-def chosen_directions(factors: Factors, keep: int | float, part: str) -> Float[Tensor, "blocks ranks"]:
+def _chosen_directions(factors: Factors, keep: int | float, part: str) -> Float[Tensor, "blocks ranks"]:
     """1 for each direction in the part, else 0; over all blocks of a matrix together."""
     count = factors.values.numel()
     top = max(1, round(keep * count)) if isinstance(keep, float) else min(keep, count)
@@ -281,7 +281,7 @@ def intervene(
     if not keeps:
         raise InputError("keeps is empty: give at least one size of the top part")
     for keep in keeps:
-        check_part(keep, "top")
+        _check_part(keep, "top")
     check_data(data)
     modules = as_pair(models)
     symmetry = with_graph(modules[0], symmetry, data)

@@ -182,7 +182,7 @@ def visualise_many(
     batches = None if isinstance(data, ImageStatistics) else data
     symmetry = symmetry_of(modules[0], symmetry, None, batches)
     target = Target(modules[0], symmetry, space, at, place)
-    wanted = units_of_models(units, len(modules), target)
+    wanted = _units_of_models(units, len(modules), target)
     names = wanted[0] if slots is None else tuple(slots)
     if any(len(each) != len(names) for each in wanted):
         raise InputError(
@@ -256,7 +256,7 @@ def respond(
     check_data(data)
     module = as_modules([model])[0]
     target = Target(module, symmetry_of(module, symmetry, None, data), space, at, place)
-    (own,) = units_of_models(units, 1, target)
+    (own,) = _units_of_models(units, 1, target)
     state = target.state_of(module)
     answers = []
     with torch.no_grad():
@@ -267,7 +267,7 @@ def respond(
     return torch.cat(answers)
 
 
-def units_of_models(
+def _units_of_models(
     units: Sequence[int] | Sequence[Sequence[int]] | None, models: int, target: "Target"
 ) -> list[tuple[int, ...]]:
     """The units to draw of every model.

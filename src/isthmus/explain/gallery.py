@@ -66,7 +66,7 @@ class Gallery:
     seconds: float
 
 
-def choose_units(own: SpaceUnits, each: int) -> list[tuple[int, str]]:
+def _choose_units(own: SpaceUnits, each: int) -> list[tuple[int, str]]:
     """The units to show: those whose least correlation with a model is highest, in the middle, and lowest."""
     order = own.merged.min(dim=0).values.argsort(descending=True, stable=True).tolist()
     middle = max(0, len(order) // 2 - each // 2)
@@ -138,7 +138,7 @@ def draw_gallery(
     seconds = 0.0
     for name in progress(wanted, "drawing units"):
         own = units.spaces[name]
-        picked = choose_units(own, each)
+        picked = _choose_units(own, each)
         slots = [unit for unit, _ in picked]
         sources = {letter: own.sources[index][slots].tolist() for index, letter in enumerate(own.names)}
         sources |= {MERGED: slots, NAIVE: sources[own.names[0]]}
@@ -162,7 +162,7 @@ def draw_gallery(
         for network in (MERGED, NAIVE):
             if network in networks:
                 crossed[network] = [
-                    percentiles(
+                    _percentiles(
                         respond(networks[network], symmetry, name, [by_network[letter].images], sources[network]),
                         own.responses[network][:, sources[network]],
                     )
@@ -185,7 +185,7 @@ def draw_gallery(
         pictures[name] = {
             str(unit): {
                 "pictures": {
-                    network: picture_uri(each.pixels(mean, std)[place])
+                    network: _picture_uri(each.pixels(mean, std)[place])
                     for network, each in by_network.items()
                     if not absent[network][place]
                 },
@@ -200,7 +200,7 @@ def draw_gallery(
     return Gallery(chosen, pictures, seconds)
 
 
-def percentiles(answers: Float[Tensor, "pictures units"], usual: Float[Tensor, "images units"]) -> list[float]:
+def _percentiles(answers: Float[Tensor, "pictures units"], usual: Float[Tensor, "images units"]) -> list[float]:
     """For each unit, the share of images to which it answers less than to the picture of its number."""
     return (usual < answers.diagonal().double()).double().mean(dim=0).tolist()
 
@@ -234,26 +234,26 @@ class Shown:
 
     def strip(self, indices: Tensor) -> str:
         """The first of these images side by side, as a data URI."""
-        parts = [smaller(self.images[int(index)]) for index in indices[:SHOWN]]
+        parts = [_smaller(self.images[int(index)]) for index in indices[:SHOWN]]
         gap = torch.ones(*parts[0].shape[:2], 1)
-        return picture_uri(torch.cat([x for part in parts for x in (part, gap)][:-1], dim=2))
+        return _picture_uri(torch.cat([x for part in parts for x in (part, gap)][:-1], dim=2))
 
 
-def smaller(image: Float[Tensor, "channels height width"]) -> Float[Tensor, "channels rows columns"]:
+def _smaller(image: Float[Tensor, "channels height width"]) -> Float[Tensor, "channels rows columns"]:
     """The image with no side above `SIDE`, by averaging."""
     factor = -(-max(image.shape[1:]) // SIDE)
     return image if factor == 1 else nn.functional.avg_pool2d(image, factor, ceil_mode=True)
 
 
-def picture_uri(image: Float[Tensor, "channels height width"]) -> str:
+def _picture_uri(image: Float[Tensor, "channels height width"]) -> str:
     """An image of values in [0, 1] as the data URI of a PNG; one channel is grey, more than three are averaged."""
     if image.shape[0] not in (1, 3):
         image = image.mean(dim=0, keepdim=True)
     levels = (image.expand(3, -1, -1).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    return png_uri(levels)
+    return _png_uri(levels)
 
 
-def png_uri(levels: UInt8[np.ndarray, "height width channels"]) -> str:
+def _png_uri(levels: UInt8[np.ndarray, "height width channels"]) -> str:
     """Pixels as the data URI of a PNG; the same pixels give the same text."""
     buffer = io.BytesIO()
     imsave(buffer, np.ascontiguousarray(levels), format="png")
@@ -276,6 +276,6 @@ def draw_matches(own: SpaceUnits, moments: SpaceMoments, first: int = 0, second:
     parts = {"before": correlation[kept][:, kept], "after": after}
     paint = colormaps["RdBu_r"]
     return {
-        name: png_uri((paint((part.clamp(-1, 1).numpy() + 1) / 2)[..., :3] * 255).round().astype(np.uint8))
+        name: _png_uri((paint((part.clamp(-1, 1).numpy() + 1) / 2)[..., :3] * 255).round().astype(np.uint8))
         for name, part in parts.items()
     }

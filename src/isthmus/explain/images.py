@@ -54,18 +54,18 @@ class ImageStatistics:
     @property
     def axes(self) -> Float[Tensor, "channels channels"]:
         """Orthonormal axes along which colours are uncorrelated, as columns, by falling variance."""
-        return colour_axes(self.covariance)[1]
+        return _colour_axes(self.covariance)[1]
 
     @property
     def colours(self) -> Float[Tensor, "channels channels"]:
         """A square root of the colours' covariance, scaled so that the longest column is 1."""
-        variances, axes = colour_axes(self.covariance)
+        variances, axes = _colour_axes(self.covariance)
         root = axes * variances.clamp_min(0).sqrt()
         longest = root.norm(dim=0).max()
         return root / longest if longest > 0 else torch.eye(len(root), dtype=root.dtype)
 
 
-def colour_axes(
+def _colour_axes(
     covariance: Float[Tensor, "channels channels"],
 ) -> tuple[Float[Tensor, " channels"], Float[Tensor, "channels channels"]]:
     """Variances and orthonormal axes of a covariance, by falling variance; an axis's largest entry is positive."""
@@ -102,7 +102,7 @@ def measure_images(data: Any, shape: tuple[int, int, int] | None = None) -> Imag
         products += pixels @ pixels.T
     mean = total / count
     covariance = products / count - torch.outer(mean, mean)
-    axes = colour_axes(covariance)[1]
+    axes = _colour_axes(covariance)[1]
     images, magnitude = 0, torch.zeros(rfft_shape(shape)).double()
     for batch in progress(read_batches(data), "measuring spectra", data):
         centred = images_of(batch, shape).cpu().double() - mean[:, None, None]
@@ -173,7 +173,7 @@ def spectrum_of(images: Float[Tensor, "images channels height width"]) -> Spectr
     Raises:
         DataError: No images.
     """
-    power, radius = powers(images)
+    power, radius = _powers(images)
     side = min(images.shape[2:])
     ring = (radius * side).round().long()
     rings = side // 2 + 1
@@ -192,13 +192,13 @@ def high_frequency_share(images: Float[Tensor, "images channels height width"]) 
     Raises:
         DataError: No images.
     """
-    power, radius = powers(images)
+    power, radius = _powers(images)
     power = power.sum(dim=1)
     total, high = power[:, radius > 0].sum(dim=1), power[:, radius > 0.25].sum(dim=1)
     return torch.where(total > 0, high / torch.where(total > 0, total, 1), 0.0)
 
 
-def powers(
+def _powers(
     images: Float[Tensor, "images channels height width"],
 ) -> tuple[Float[Tensor, "images channels height width"], Float[Tensor, "height width"]]:
     """Squared magnitude of every coefficient, for each pixel, and the coefficient's radial frequency."""

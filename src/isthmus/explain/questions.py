@@ -35,22 +35,22 @@ def answer_questions(
     """
     own = [space for space in spaces.values() if space.merged.shape[1]]
     return (
-        whose_features(own),
-        whether_pairs_survive(own),
-        by_depth(own),
-        by_matching(own),
-        variance(variance_ratios, repaired),
+        _whose_features(own),
+        _whether_pairs_survive(own),
+        _by_depth(own),
+        _by_matching(own),
+        _variance(variance_ratios, repaired),
     )
 
 
-def shares(labels: Sequence[str]) -> tuple[float, float, float]:
+def _shares(labels: Sequence[str]) -> tuple[float, float, float]:
     """The shares of labels that are shared, of some models only, and lost."""
     count = max(1, len(labels))
     shared, lost = labels.count(SHARED) / count, labels.count(LOST) / count
     return shared, 1 - shared - lost, lost
 
 
-def whose_features(spaces: Sequence[SpaceUnits]) -> Claim:
+def _whose_features(spaces: Sequence[SpaceUnits]) -> Claim:
     """Is a merged unit A's feature, B's, a blend, or lost?"""
     text = "Most units of the merged network still are features of all its models."
     level = spaces[0].threshold if spaces else 0
@@ -61,15 +61,15 @@ def whose_features(spaces: Sequence[SpaceUnits]) -> Claim:
     labels = [label for space in spaces for label in space.labels]
     if not labels:
         return unmeasured(text, ["any unit"], threshold)
-    shared, some, lost = shares(labels)
+    shared, some, lost = _shares(labels)
     figure = f"{shared:.0%} shared, {some:.0%} of some models only, {lost:.0%} lost"
     naive = [label for space in spaces for label in space.naive_labels]
     if naive:
-        figure += "; averaged without matching {:.0%}, {:.0%}, {:.0%}".format(*shares(naive))
+        figure += "; averaged without matching {:.0%}, {:.0%}, {:.0%}".format(*_shares(naive))
     return Claim(text, figure, verdict_of(shared >= MOST, shared + some >= MOST), threshold)
 
 
-def whether_pairs_survive(spaces: Sequence[SpaceUnits]) -> Claim:
+def _whether_pairs_survive(spaces: Sequence[SpaceUnits]) -> Claim:
     """Do well-matched pairs survive?"""
     text = "The better a pair matched, the more of both is left in the merged unit."
     threshold = (
@@ -94,7 +94,7 @@ def whether_pairs_survive(spaces: Sequence[SpaceUnits]) -> Claim:
     return Claim(text, figure, verdict_of(median(relations) >= SURVIVES, median(gaps) >= APART), threshold)
 
 
-def by_depth(spaces: Sequence[SpaceUnits]) -> Claim:
+def _by_depth(spaces: Sequence[SpaceUnits]) -> Claim:
     """How does it change with depth?"""
     text = "The deeper the space, the less of its features is left."
     threshold = (
@@ -113,7 +113,7 @@ def by_depth(spaces: Sequence[SpaceUnits]) -> Claim:
     return Claim(text, figure, verdict_of(early - late >= APART, kept[-1] < kept[0]), threshold)
 
 
-def by_matching(spaces: Sequence[SpaceUnits]) -> Claim:
+def _by_matching(spaces: Sequence[SpaceUnits]) -> Claim:
     """Is it the matching that keeps them?"""
     text = "Matching, not averaging alone, keeps the features."
     threshold = (
@@ -135,7 +135,7 @@ def by_matching(spaces: Sequence[SpaceUnits]) -> Claim:
     return Claim(text, figure, verdict_of(*parts), threshold)
 
 
-def variance(ratios: Mapping[str, Mapping[str, float | None]], repaired: bool) -> Claim:
+def _variance(ratios: Mapping[str, Mapping[str, float | None]], repaired: bool) -> Claim:
     """What does repair change?"""
     text = "Averaging shrinks the merged units' variance, and repair gives it back."
     threshold = (

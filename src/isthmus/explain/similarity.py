@@ -67,7 +67,7 @@ class Covariances:
         Raises:
             DataError: No samples, or NaN or infinite numbers.
         """
-        x, y = centred(x), centred(y)
+        x, y = _centred(x), _centred(y)
         count = len(x)
         size = max(count, x.shape[1], y.shape[1])
         precision = size * torch.finfo(torch.float64).eps
@@ -81,7 +81,7 @@ class Covariances:
         return Covariances(own, other, between, moments.count, MOMENTS_PRECISION)
 
 
-def centred(x: Float[Tensor, "samples units"]) -> Float[Tensor, "samples units"]:
+def _centred(x: Float[Tensor, "samples units"]) -> Float[Tensor, "samples units"]:
     """Rows in float64 without their mean.
 
     Raises:
@@ -108,7 +108,7 @@ def cka(covariances: Covariances) -> float:
     Source: Kornblith, Norouzi, Lee, Hinton, "Similarity of neural network representations revisited", ICML 2019.
     """
     scale = float(covariances.first.norm() * covariances.second.norm())
-    require_variance(scale)
+    _require_variance(scale)
     return float(covariances.between.square().sum()) / scale
 
 
@@ -123,14 +123,14 @@ def debiased_cka(x: Float[Tensor, "samples p"], y: Float[Tensor, "samples q"]) -
     Source: Song, Smola, Gretton, Bedo, Borgwardt, JMLR 2012 (HSIC₁); used for CKA by Nguyen, Raghu, Kornblith, ICLR
         2021. With linear kernels it needs no samples × samples matrix.
     """
-    require_rows(x, y, FEWEST)
-    x, y = centred(x), centred(y)
-    own, other, shared = unbiased_hsic(x, x), unbiased_hsic(y, y), unbiased_hsic(x, y)
-    require_variance(min(own, other))
+    _require_rows(x, y, FEWEST)
+    x, y = _centred(x), _centred(y)
+    own, other, shared = _unbiased_hsic(x, x), _unbiased_hsic(y, y), _unbiased_hsic(x, y)
+    _require_variance(min(own, other))
     return shared / math.sqrt(own * other)
 
 
-def unbiased_hsic(x: Float[Tensor, "samples p"], y: Float[Tensor, "samples q"]) -> float:
+def _unbiased_hsic(x: Float[Tensor, "samples p"], y: Float[Tensor, "samples q"]) -> float:
     """HSIC₁ of linear kernels on centred rows."""
     n = len(x)
     a, b = x.square().sum(dim=1), y.square().sum(dim=1)
@@ -138,7 +138,7 @@ def unbiased_hsic(x: Float[Tensor, "samples p"], y: Float[Tensor, "samples q"]) 
     return float(total) / (n * (n - 3))
 
 
-def canonical_correlations(covariances: Covariances) -> Float[Tensor, " ranks"]:
+def _canonical_correlations(covariances: Covariances) -> Float[Tensor, " ranks"]:
     """The canonical correlations of both networks' units, falling: min(rank, rank) numbers from 0 to 1.
 
     They are the same after any invertible linear map of either network's units.
@@ -148,17 +148,17 @@ def canonical_correlations(covariances: Covariances) -> Float[Tensor, " ranks"]:
 
     Source: Hotelling 1936.
     """
-    _, _, values, _ = whitened(covariances)
+    _, _, values, _ = _whitened(covariances)
     return values
 
 
-def mean_cca(covariances: Covariances) -> float:
+def _mean_cca(covariances: Covariances) -> float:
     """The mean of the canonical correlations.
 
     Raises:
-        DataError: As for `canonical_correlations`.
+        DataError: As for `_canonical_correlations`.
     """
-    return float(canonical_correlations(covariances).mean())
+    return float(_canonical_correlations(covariances).mean())
 
 
 def svcca(covariances: Covariances, variance: float = 0.99) -> float:
@@ -171,17 +171,19 @@ def svcca(covariances: Covariances, variance: float = 0.99) -> float:
         variance: Share of each network's variance that its kept principal directions hold.
 
     Raises:
-        DataError: As for `canonical_correlations`.
+        DataError: As for `_canonical_correlations`.
         InputError: A share out of range.
 
     Source: Raghu, Gilmer, Yosinski, Sohl-Dickstein, "SVCCA", NeurIPS 2017.
     """
     if not 0 < variance <= 1:
         raise InputError(f"variance={variance}: give a share above 0 and up to 1")
-    x = principal_directions(covariances.first, variance, covariances.precision)
-    y = principal_directions(covariances.second, variance, covariances.precision)
+    x = _principal_directions(covariances.first, variance, covariances.precision)
+    y = _principal_directions(covariances.second, variance, covariances.precision)
     first, second = x.T @ covariances.first @ x, y.T @ covariances.second @ y
-    return mean_cca(Covariances(first, second, x.T @ covariances.between @ y, covariances.count, covariances.precision))
+    return _mean_cca(
+        Covariances(first, second, x.T @ covariances.between @ y, covariances.count, covariances.precision)
+    )
 
 
 def pwcca(covariances: Covariances) -> float:
@@ -192,12 +194,12 @@ def pwcca(covariances: Covariances) -> float:
     first's only if units are exchanged, reflected or scaled in common.
 
     Raises:
-        DataError: As for `canonical_correlations`.
+        DataError: As for `_canonical_correlations`.
 
     Source: Morcos, Raghu, Bengio, "Insights on representational similarity with canonical correlation", NeurIPS 2018.
         Where the second network has fewer directions, only as many of the first's take part.
     """
-    root, left, values, _ = whitened(covariances)
+    root, left, values, _ = _whitened(covariances)
     weights = (root @ left).abs().sum(dim=0)
     return float((weights * values).sum() / weights.sum())
 
@@ -214,7 +216,7 @@ def procrustes_distance(covariances: Covariances) -> float:
     Source: Ding, Denain, Steinhardt, "Grounding representation similarity through statistical testing", NeurIPS 2021.
     """
     scale = math.sqrt(float(covariances.first.trace() * covariances.second.trace()))
-    require_variance(scale)
+    _require_variance(scale)
     # Rounding must not make the distance of a network to itself negative.
     return max(0.0, 2 - 2 * float(torch.linalg.svdvals(covariances.between).sum()) / scale)
 
@@ -258,7 +260,7 @@ def matched_correlations(
     return found
 
 
-def whitened(covariances: Covariances) -> tuple[Tensor, Tensor, Float[Tensor, " ranks"], Tensor]:
+def _whitened(covariances: Covariances) -> tuple[Tensor, Tensor, Float[Tensor, " ranks"], Tensor]:
     """The root of the first covariance on its range [P, rank], left vectors, canonical correlations, right vectors.
 
     Raises:
@@ -268,7 +270,7 @@ def whitened(covariances: Covariances) -> tuple[Tensor, Tensor, Float[Tensor, " 
     for matrix in (covariances.first, covariances.second):
         values, vectors = torch.linalg.eigh(matrix)
         kept = values > covariances.precision * values.max().clamp_min(0)
-        require_variance(float(kept.sum()))
+        _require_variance(float(kept.sum()))
         scale = values[kept].sqrt()
         roots.append(vectors[:, kept] * scale)
         inverses.append(vectors[:, kept] / scale)
@@ -282,7 +284,7 @@ def whitened(covariances: Covariances) -> tuple[Tensor, Tensor, Float[Tensor, " 
     return roots[0], left, values.clamp(0, 1), right
 
 
-def principal_directions(
+def _principal_directions(
     matrix: Float[Tensor, "units units"], variance: float, precision: float
 ) -> Float[Tensor, "units kept"]:
     """The fewest principal directions that hold a share of the variance, largest first.
@@ -292,13 +294,13 @@ def principal_directions(
     """
     values, vectors = torch.linalg.eigh(matrix)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    require_variance(float(values.sum()))
+    _require_variance(float(values.sum()))
     held = values.cumsum(dim=0) / values.sum()
     count = min(int((held < variance - precision).sum()) + 1, len(values))
     return vectors[:, :count]
 
 
-def require_variance(scale: float) -> None:
+def _require_variance(scale: float) -> None:
     """Refuses units that are constant.
 
     Raises:
@@ -308,7 +310,7 @@ def require_variance(scale: float) -> None:
         raise DataError("the units of a network do not vary on this data: there is nothing to compare")
 
 
-def require_rows(x: Tensor, y: Tensor, fewest: int) -> None:
+def _require_rows(x: Tensor, y: Tensor, fewest: int) -> None:
     """Refuses samples that do not go together, or too few.
 
     Raises:
@@ -377,7 +379,7 @@ def cka_matrix(
     check_data(data)
     modules = as_modules(models)
     symmetry = symmetry_of(modules[0], symmetry, None, data)
-    nodes = layer_nodes(symmetry)
+    nodes = _layer_nodes(symmetry)
     states = [dict(model.state_dict()) for model in modules]
     batches = take(data, samples, first_float(states[0]))
     if len(batches) > 1 and batches[-1].size < FEWEST <= batches[0].size:
@@ -390,7 +392,7 @@ def cka_matrix(
         kernels: list[dict[str, Tensor]] = []
         for state in states:
             found: dict[str, Tensor] = {}
-            observers = {node: kernel_of(found, node, batch.size) for node in nodes}
+            observers = {node: _kernel_of(found, node, batch.size) for node in nodes}
             Reader(program_for(symmetry.program.program, batch), observers).read(state, batch.clone())
             kernels.append(found)
         skipped |= {nodes[node]: ELSEWHERE for node in nodes if node not in kernels[0]}
@@ -407,13 +409,13 @@ def cka_matrix(
     names = [name for name in nodes.values() if name not in skipped]
     varies = ((own > 0) & (other > 0)).tolist()
     skipped |= {name: STILL for name, known in zip(names, varies, strict=True) if not known}
-    require_variance(float(any(varies)))
+    _require_variance(float(any(varies)))
     values = (shared / torch.outer(own.sqrt(), other.sqrt()))[varies][:, varies]
     layers = tuple(name for name, known in zip(names, varies, strict=True) if known)
     return CKAMatrix(layers, values.numpy(), sum(batch.size for batch in batches), len(batches), skipped)
 
 
-def layer_nodes(symmetry: Symmetry) -> dict[str, str]:
+def _layer_nodes(symmetry: Symmetry) -> dict[str, str]:
     """The nodes of all products with a weight, in the graph's order, with what to call them.
 
     Raises:
@@ -432,7 +434,7 @@ def layer_nodes(symmetry: Symmetry) -> dict[str, str]:
     }
 
 
-def kernel_of(found: dict[str, Tensor], node: str, size: int) -> Any:
+def _kernel_of(found: dict[str, Tensor], node: str, size: int) -> Any:
     """An observer that keeps the U-centred linear kernel of a node's value, flattened, if the batch lies in front."""
 
     def keep(value: Tensor) -> None:
@@ -440,13 +442,13 @@ def kernel_of(found: dict[str, Tensor], node: str, size: int) -> Any:
             return
         rows = value.detach().flatten(1)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        rows = centred(rows).to(rows.dtype)
-        found[node] = u_centred((rows @ rows.T).double().cpu()).flatten()
+        rows = _centred(rows).to(rows.dtype)
+        found[node] = _u_centred((rows @ rows.T).double().cpu()).flatten()
 
     return keep
 
 
-def u_centred(kernel: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+def _u_centred(kernel: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """A kernel matrix with rows and columns centred as if its diagonal were unknown, and zero there.
 
     The sum of the elementwise product of two such matrices, over n(n − 3), is HSIC₁.

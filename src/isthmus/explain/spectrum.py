@@ -147,7 +147,7 @@ class LayerSpectrum:
             what A does, ½ where averaging two models halved it. None if there was no merged model.
         input_shares: Entry k − 1 is the share of the uncentred second moment of what A's layer reads that lies in the
             span of A's top k right singular directions; None if it was not measured.
-        note: Why `input_shares` is None, or "".
+        note: Why `_input_shares` is None, or "".
         distance_before: ‖W_A − W_B‖, Frobenius.
         distance_after: The same in the common frame.
     """
@@ -289,8 +289,8 @@ def measure_spectra(
     Args:
         models: Two models of one architecture.
         alignment: What `align` returned for them; None leaves both where they are.
-        merged: What `merge` made of them, for `values_merged` and `gains`.
-        data: Re-iterable batches, for `input_shares`; targets are not used.
+        merged: What `merge` made of them, for `values_merged` and `_gains`.
+        data: Re-iterable batches, for `_input_shares`; targets are not used.
         symmetry: What `trace` returned; the alignment's by default, or found from the data.
         thresholds: Values of γ, from 0 to 1.
         samples: Inputs to use, from the start of the data.
@@ -320,21 +320,21 @@ def measure_spectra(
     states = [upcast(model.state_dict()) for model in modules]
     if alignment is not None and alignment.folded:  # folding changes singular values: it belongs to both sides
         states = [dict(alignment.prepared(state, index)) for index, state in enumerate(states)]
-    framed = carried(states, alignment)
+    framed = _carried(states, alignment)
     merged_state = None if merged is None else upcast(as_modules([modules[0], merged])[1].state_dict())
-    grams = input_grams(states[0], symmetry, data, samples, rows, seed) if data is not None else {}
+    grams = _input_grams(states[0], symmetry, data, samples, rows, seed) if data is not None else {}
     exact = alignment is None or alignment.is_exact
     why = "no data was given" if data is None else "its input rows cannot be gathered: a shared or transposed weight"
     layers = tuple(
-        measure_layer(weight, states, framed, merged_state, grams.get(weight.name), thresholds, exact, why)
+        _measure_layer(weight, states, framed, merged_state, grams.get(weight.name), thresholds, exact, why)
         for weight in progress(weights, "decomposing weights")
     )
     trained = [name for name, p in modules[0].named_parameters() if p.is_floating_point()]
     return Spectra(
         layers,
         skipped,
-        distance(states[0], states[1], trained),
-        distance(framed[0], framed[1], trained),
+        _distance(states[0], states[1], trained),
+        _distance(framed[0], framed[1], trained),
         exact,
         "identity" if alignment is None else alignment.method,
     )
@@ -392,7 +392,7 @@ def weights_of(symmetry: Symmetry, model: nn.Module) -> tuple[list[Weight], dict
     return list(found.values()), skipped
 
 
-def carried(states: Sequence[State], alignment: Alignment | None) -> list[State]:
+def _carried(states: Sequence[State], alignment: Alignment | None) -> list[State]:
     """The states in the common frame.
 
     Raises:
@@ -409,12 +409,12 @@ def carried(states: Sequence[State], alignment: Alignment | None) -> list[State]
     return [move_state(state, transforms, alignment.symmetry, reset_variances=True) for state, transforms in pairs]
 
 
-def distance(a: State, b: State, names: Sequence[str]) -> float:
+def _distance(a: State, b: State, names: Sequence[str]) -> float:
     """L2 distance over some tensors, summed in float64."""
     return math.sqrt(math.fsum(float((a[name].double() - b[name].double()).square().sum()) for name in names))
 
 
-def measure_layer(
+def _measure_layer(
     weight: Weight,
     states: Sequence[State],
     framed: Sequence[State],
@@ -444,7 +444,7 @@ def measure_layer(
     framed_a = a if still[0] else factorise(weight.blocks(framed[0]))
     moved = b if still[1] else factorise(weight.blocks(framed[1]))
     largest = float(b.values.max())
-    change = float((descending(b) - descending(moved)).abs().max()) / largest if largest else 0.0
+    change = float((_descending(b) - _descending(moved)).abs().max()) / largest if largest else 0.0
     # Weyl: singular values move by no more than the norm of a backward error, which for Householder bidiagonalisation
     # grows with the matrix's longer side.
     tolerance = 10 * max(a.left.shape[1], a.right.shape[2]) * torch.finfo(torch.float64).eps
@@ -453,40 +453,40 @@ def measure_layer(
             f"{weight.name}: the permutations change its singular values by {change:.1e}, more than {tolerance:.1e}: "
             "the alignment is not one of this model's"
         )
-    before, after = pairing(a, b), pairing(framed_a, moved)
+    before, after = _pairing(a, b), _pairing(framed_a, moved)
     directions = framed_a.ordered((after * moved.kept(0.0).unsqueeze(1)).sum(dim=2))
     blocks = [weight.blocks(state) for state in (*states, *framed)]
     merged_blocks = None if merged is None else weight.blocks(merged)
     return LayerSpectrum(
         name=weight.name,
         shape=(a.left.shape[0], a.left.shape[1], a.right.shape[2]),
-        values_a=floats(descending(a)),
-        values_b=floats(descending(b)),
-        values_moved=floats(descending(moved)),
-        values_merged=None if merged_blocks is None else floats(descending(factorise(merged_blocks))),
+        values_a=_floats(_descending(a)),
+        values_b=_floats(_descending(b)),
+        values_moved=_floats(_descending(moved)),
+        values_merged=None if merged_blocks is None else _floats(_descending(factorise(merged_blocks))),
         unchanged=change,
         tolerance=tolerance,
         overlaps=tuple(
             Overlap(
                 threshold,
-                summed(before, a.kept(threshold), b.kept(threshold)),
-                summed(after, framed_a.kept(threshold), moved.kept(threshold)),
+                _summed(before, a.kept(threshold), b.kept(threshold)),
+                _summed(after, framed_a.kept(threshold), moved.kept(threshold)),
                 int(a.kept(threshold).sum()),
                 int(b.kept(threshold).sum()),
             )
             for threshold in thresholds
         ),
-        directions=floats(directions),
+        directions=_floats(directions),
         rank_correlation=rank_correlation(framed_a.ordered(framed_a.values), directions),
-        gains=None if merged_blocks is None else gains(framed_a, merged_blocks),
-        input_shares=None if gram is None else input_shares(a, gram),
+        gains=None if merged_blocks is None else _gains(framed_a, merged_blocks),
+        input_shares=None if gram is None else _input_shares(a, gram),
         note=why if gram is None else "",
         distance_before=float((blocks[0] - blocks[1]).norm()),
         distance_after=float((blocks[2] - blocks[3]).norm()),
     )
 
 
-def floats(values: Float[Tensor, " n"]) -> tuple[float, ...]:
+def _floats(values: Float[Tensor, " n"]) -> tuple[float, ...]:
     """A vector as a tuple of numbers."""
     return tuple(values.tolist())
 
@@ -497,17 +497,17 @@ def factorise(blocks: Float[Tensor, "blocks rows columns"]) -> Factors:
     return Factors(left, values, right)
 
 
-def descending(factors: Factors) -> Float[Tensor, " values"]:
+def _descending(factors: Factors) -> Float[Tensor, " values"]:
     """Singular values of all blocks, falling."""
     return factors.values.flatten().sort(descending=True).values
 
 
-def pairing(a: Factors, b: Factors) -> Float[Tensor, "blocks ranks_a ranks_b"]:
+def _pairing(a: Factors, b: Factors) -> Float[Tensor, "blocks ranks_a ranks_b"]:
     """(u_i^a · u_j^b)(v_i^a · v_j^b) for every pair of directions within a block; between blocks it is zero."""
     return (a.left.mT @ b.left) * (a.right @ b.right.mT)
 
 
-def summed(
+def _summed(
     pairs: Float[Tensor, "blocks ranks_a ranks_b"],
     kept_a: Float[Tensor, "blocks ranks_a"],
     kept_b: Float[Tensor, "blocks ranks_b"],
@@ -524,20 +524,20 @@ def rank_correlation(values: Float[Tensor, " n"], directions: Float[Tensor, " n"
     return float(np.asarray(spearmanr(values.numpy(), rounded))[0])
 
 
-def gains(factors: Factors, merged: Float[Tensor, "blocks rows columns"]) -> tuple[float, ...]:
+def _gains(factors: Factors, merged: Float[Tensor, "blocks rows columns"]) -> tuple[float, ...]:
     """u_iᵀ W v_i / s_i for every direction."""
     through = ((factors.left.mT @ merged) * factors.right).sum(dim=2)
-    return floats(factors.ordered(through) / factors.ordered(factors.values))
+    return _floats(factors.ordered(through) / factors.ordered(factors.values))
 
 
-def input_shares(factors: Factors, gram: Float[Tensor, "blocks columns columns"]) -> tuple[float, ...] | None:
+def _input_shares(factors: Factors, gram: Float[Tensor, "blocks columns columns"]) -> tuple[float, ...] | None:
     """The share of the input's second moment in the span of the top k right directions, for every k."""
     total = float(gram.diagonal(dim1=1, dim2=2).sum())
     along = ((factors.right @ gram) * factors.right).sum(dim=2)
-    return floats(factors.ordered(along).cumsum(dim=0) / total) if total else None
+    return _floats(factors.ordered(along).cumsum(dim=0) / total) if total else None
 
 
-def input_grams(
+def _input_grams(
     state: State, symmetry: Symmetry, data: Any, samples: int, rows: int, seed: int
 ) -> dict[str, Float[Tensor, "blocks columns columns"]]:
     """The uncentred second moment of what each layer's product reads, a matrix a group of channels, by weight."""
@@ -555,14 +555,14 @@ def input_grams(
         observers = {layer.contraction.source: seen_by(seen, layer.contraction.source) for layer in layers}
         Reader(program, observers).read(state, batch.clone())
         for layer in layers:
-            name, found = layer.contraction.weight, layer_rows(layer, seen, shapes, state, count, generator)
+            name, found = layer.contraction.weight, _layer_rows(layer, seen, shapes, state, count, generator)
             products = torch.stack([chunked_product(part, part) for part in found]).cpu()
             totals[name] = totals[name] + products if name in totals else products
             seen_rows[name] = seen_rows.get(name, 0) + len(found[0])
     return {name: total / seen_rows[name] for name, total in totals.items()}
 
 
-def layer_rows(
+def _layer_rows(
     layer: Layer,
     seen: Mapping[str, Tensor],
     shapes: Mapping[str, Sequence[int]],

@@ -41,7 +41,7 @@ class Forward(fx.Interpreter):
         self.target = next(each for each in order if each.name == node)
         before = order[: order.index(self.target)]
         # An operation in place changes values that other nodes hold, which the edges of the graph do not tell.
-        needed = {self.target, *(each for each in before if is_mutable(each))}
+        needed = {self.target, *(each for each in before if _is_mutable(each))}
         for each in reversed(before):
             if any(user in needed for user in each.users):
                 needed.add(each)
@@ -68,7 +68,7 @@ class Forward(fx.Interpreter):
         return value
 
 
-def is_mutable(node: fx.Node) -> bool:
+def _is_mutable(node: fx.Node) -> bool:
     """Whether an operation writes into its input."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
@@ -107,8 +107,8 @@ class Target:
         self.units = found.copies * found.size
         self.sites: list[Site] = [site for name, site in graph.activations[self.node] if name == space]
         self.device = first_float(model.state_dict()).device
-        self.program = float32_program(model, graph.program)
-        self.shape = image_shape(self.program)
+        self.program = _float32_program(model, graph.program)
+        self.shape = _image_shape(self.program)
         self.forwards: dict[int, Forward] = {}
         self.batch_dim = -1
         traced = len(tensors_in(self.program.args, self.program.kwargs)[0])
@@ -177,7 +177,7 @@ class Target:
         return means_of_units(value, self.sites, self.batch_dim).unflatten(0, (len(images), -1)).mean(dim=1)
 
 
-def float32_program(model: nn.Module, program: Program) -> Program:
+def _float32_program(model: nn.Module, program: Program) -> Program:
     """The graph of a model in float32 on its own device.
 
     Raises:
@@ -195,7 +195,7 @@ def float32_program(model: nn.Module, program: Program) -> Program:
     return other
 
 
-def image_shape(program: Program) -> tuple[int, int, int]:
+def _image_shape(program: Program) -> tuple[int, int, int]:
     """Channels, height and width of the images that a graph takes.
 
     Raises:

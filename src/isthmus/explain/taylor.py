@@ -83,8 +83,8 @@ def taylor_barrier(model_a: nn.Module, model_b: nn.Module, data: Any, *, loss: L
         for name, tensor in states[0].items()
         if tensor.is_floating_point()
     }
-    first_a, second_a = slopes(modules[0], steps, data, loss)
-    first_b, second_b = slopes(modules[1], steps, data, loss)
+    first_a, second_a = _slopes(modules[0], steps, data, loss)
+    first_b, second_b = _slopes(modules[1], steps, data, loss)
     return TaylorBarrier(
         first_order=(first_a - first_b) / 4,
         second_order=(second_a + second_b) / 16,
@@ -119,7 +119,7 @@ class DifferentiableStatistics(TorchFunctionMode):
         return given["input"] * scale.view(shape) + shift.view(shape)
 
 
-def slopes(model: nn.Module, steps: State, data: Any, loss: Loss | None) -> tuple[float, float]:
+def _slopes(model: nn.Module, steps: State, data: Any, loss: Loss | None) -> tuple[float, float]:
     """The first and second derivative of the mean loss along `steps`, at the model: μᵀ∇L and μᵀHμ.
 
     Raises:
@@ -138,11 +138,11 @@ def slopes(model: nn.Module, steps: State, data: Any, loss: Loss | None) -> tupl
         with DifferentiableStatistics(), sdpa_kernel(SDPBackend.MATH):  # the faster kernels have no second derivative
             output = functional_call(model, moved, batch.args, dict(batch.kwargs))
             mean = cross_entropy(output, batch.targets) if loss is None else loss(output, batch.targets)
-        size = targets_of(output, batch)
+        size = _targets_of(output, batch)
         if not size:
             continue
         if not count:
-            check_passed(mean, moved, buffers)
+            _check_passed(mean, moved, buffers)
         if mean.requires_grad:
             (slope,) = torch.autograd.grad(mean, place, create_graph=True)
             first.append(float(slope.detach()) * size)
@@ -153,7 +153,7 @@ def slopes(model: nn.Module, steps: State, data: Any, loss: Loss | None) -> tupl
     return math.fsum(first) / count, math.fsum(second) / count
 
 
-def check_passed(mean: Tensor, moved: State, buffers: Sequence[str]) -> None:
+def _check_passed(mean: Tensor, moved: State, buffers: Sequence[str]) -> None:
     """Refuses buffers that move while no derivative passes through them.
 
     Raises:
@@ -167,7 +167,7 @@ def check_passed(mean: Tensor, moved: State, buffers: Sequence[str]) -> None:
             raise ModelError(f"{name} differs between the models, and no derivative of the loss passes through it")
 
 
-def targets_of(output: Any, batch: Batch) -> int:
+def _targets_of(output: Any, batch: Batch) -> int:
     """How many targets a batch's mean loss is the mean of."""
     size = batch.targets.numel() if isinstance(batch.targets, Tensor) else batch.size
     scores = class_scores(output)

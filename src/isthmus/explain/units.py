@@ -94,15 +94,15 @@ class SpaceUnits:
     @property
     def labels(self) -> tuple[str, ...]:
         """For each unit: `"shared"` by all models, those whose it is (`"A's"`, `"A's and C's"`), or `"lost"`."""
-        return label(self.merged, self.names, self.threshold)
+        return _label(self.merged, self.names, self.threshold)
 
     @property
     def naive_labels(self) -> tuple[str, ...]:
         """The same for the naive average; empty without it."""
-        return () if self.naive is None else label(self.naive, self.names, self.threshold)
+        return () if self.naive is None else _label(self.naive, self.names, self.threshold)
 
 
-def label(correlations: Float[Tensor, "models units"], names: Sequence[str], threshold: float) -> tuple[str, ...]:
+def _label(correlations: Float[Tensor, "models units"], names: Sequence[str], threshold: float) -> tuple[str, ...]:
     """Whose feature each unit is: that of every model with which its correlation reaches the threshold."""
     told = []
     for column in (correlations >= threshold).T.tolist():
@@ -185,7 +185,7 @@ def measure_units(
     names = tuple(string.ascii_uppercase[: len(modules)])
     called = [*names, MERGED, *([] if naive is None else [NAIVE])]
     answers = {
-        name: respond_everywhere(network, symmetry, data, at) for name, network in zip(called, networks, strict=True)
+        name: _respond_everywhere(network, symmetry, data, at) for name, network in zip(called, networks, strict=True)
     }
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, SpaceUnits] = {}
@@ -203,13 +203,13 @@ def measure_units(
         for name, move in zip(names, moves, strict=True):
             if name in responses:
                 responses[name] = move.of_columns(responses[name])
-        found[space.name] = measure_space(
+        found[space.name] = _measure_space(
             space, moments[space.name], moves, names, responses, naive is not None, threshold, top, generator
         )
     return Units(found, skipped, moments, moments.samples)
 
 
-def measure_space(
+def _measure_space(
     space: Space,
     moments: SpaceMoments,
     moves: Sequence[Move],
@@ -223,7 +223,7 @@ def measure_space(
     """The scores of one space's units."""
     count, units = len(names), space.copies * space.size
     still = Move(torch.arange(units), None)
-    other = derangement(units, generator)
+    other = _derangement(units, generator)
     pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
     one = torch.ones(units, dtype=torch.float64)
     before = [correlate(moments, a, still, b, still) for a, b in pairs] or [one]
@@ -253,15 +253,15 @@ def measure_space(
     best = {name: answer.topk(top, dim=0).indices.T for name, answer in responses.items()}
     bare = {name: moves[index].undone(responses[name]).topk(top, dim=0).indices.T for index, name in enumerate(names)}
     parts = {
-        "overlap": torch.stack([overlap(best[MERGED], best[name]) for name in names]),
-        "shuffled_overlap": torch.stack([overlap(best[MERGED], best[name][other]) for name in names]),
+        "overlap": torch.stack([_overlap(best[MERGED], best[name]) for name in names]),
+        "shuffled_overlap": torch.stack([_overlap(best[MERGED], best[name][other]) for name in names]),
     }
     if has_naive:
-        parts["naive_overlap"] = torch.stack([overlap(best[NAIVE], bare[name]) for name in names])
+        parts["naive_overlap"] = torch.stack([_overlap(best[NAIVE], bare[name]) for name in names])
     return SpaceUnits(**{**vars(known), **parts, "top": best, "responses": responses})
 
 
-def derangement(units: int, generator: torch.Generator) -> Int[Tensor, " units"]:
+def _derangement(units: int, generator: torch.Generator) -> Int[Tensor, " units"]:
     """A random order in which no unit keeps its place, where there are two or more: a walk around one random circle."""
     circle = torch.randperm(units, generator=generator)
     order = torch.empty_like(circle)
@@ -269,13 +269,13 @@ def derangement(units: int, generator: torch.Generator) -> Int[Tensor, " units"]
     return order
 
 
-def overlap(first: Int[Tensor, "units top"], second: Int[Tensor, "units top"]) -> Float[Tensor, " units"]:
+def _overlap(first: Int[Tensor, "units top"], second: Int[Tensor, "units top"]) -> Float[Tensor, " units"]:
     """The size of the intersection of two sets of images over that of their union, unit by unit."""
     common = (first[:, :, None] == second[:, None, :]).any(dim=2).sum(dim=1).double()
     return common / (2 * first.shape[1] - common)
 
 
-def respond_everywhere(
+def _respond_everywhere(
     model: nn.Module, symmetry: Symmetry, data: Any, at: str
 ) -> dict[str, Float[Tensor, "images units"]]:
     """Every space's units on every image, as their mean over positions, in one pass.
@@ -290,7 +290,7 @@ def respond_everywhere(
         space.name: max(first.get(space.name) or second.get(space.name) or (), key=order.__getitem__, default=None)
         for space in symmetry
     }
-    dims = image_dimensions(symmetry, {node for node in nodes.values() if node is not None}, first_batch(data))
+    dims = _image_dimensions(symmetry, {node for node in nodes.values() if node is not None}, first_batch(data))
     places: dict[str, list[tuple[str, list[Site]]]] = {}
     for space in symmetry:
         node = nodes[space.name]
@@ -312,7 +312,7 @@ def respond_everywhere(
     return {name: torch.cat(parts) for name, parts in answers.items()}
 
 
-def image_dimensions(symmetry: Symmetry, nodes: set[str], batch: Batch) -> dict[str, int]:
+def _image_dimensions(symmetry: Symmetry, nodes: set[str], batch: Batch) -> dict[str, int]:
     """The dimension of each node's value along which the inputs of a batch lie, where there is just one."""
     if batch.size < 2:
         return {}

@@ -37,16 +37,16 @@ def first_mixing(graph: fx.Graph, other: fx.Graph, inputs: Sequence[str]) -> str
         other: The same operations at another.
         inputs: Names of the placeholders that are the model's inputs.
     """
-    shapes = {node.name: leaf_shapes(node) for node in other.nodes}
-    batch = batch_sizes([(a, b) for n in graph.nodes if n.name in inputs for a, b in paired(n, shapes)])
+    shapes = {node.name: _leaf_shapes(node) for node in other.nodes}
+    batch = _batch_sizes([(a, b) for n in graph.nodes if n.name in inputs for a, b in _paired(n, shapes)])
     if batch is None:
         return next(iter(inputs), "the inputs")
     dims: dict[str, list[int | None]] = {}
     for node in graph.nodes:
         if node.op == "output":
             break
-        pairs = paired(node, shapes)
-        found = [grown(a, b, batch) for a, b in pairs]
+        pairs = _paired(node, shapes)
+        found = [_grown(a, b, batch) for a, b in pairs]
         sources = [each for each in node.all_input_nodes if any(dim is not None for dim in dims.get(each.name, ()))]
         dims[node.name] = found
         if -1 in found or len(pairs) != len(shapes[node.name]):
@@ -73,18 +73,18 @@ def first_mixing(graph: fx.Graph, other: fx.Graph, inputs: Sequence[str]) -> str
     return None
 
 
-def leaf_shapes(node: fx.Node) -> list[Shape]:
+def _leaf_shapes(node: fx.Node) -> list[Shape]:
     """Shapes of all tensors of a node's value."""
     leaves: list[Any] = pytree.tree_leaves(node.meta.get("val"))
     return [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def paired(node: fx.Node, shapes: dict[str, list[Shape]]) -> list[tuple[Shape, Shape]]:
+def _paired(node: fx.Node, shapes: dict[str, list[Shape]]) -> list[tuple[Shape, Shape]]:
     """The shapes of a node's value in both graphs."""
-    return list(zip(leaf_shapes(node), shapes[node.name], strict=False))
+    return list(zip(_leaf_shapes(node), shapes[node.name], strict=False))
 
 
-def batch_sizes(inputs: Sequence[tuple[Shape, Shape]]) -> tuple[int, int] | None:
+def _batch_sizes(inputs: Sequence[tuple[Shape, Shape]]) -> tuple[int, int] | None:
     """The batch size in both graphs: that of the first input that differs, if in one dimension only."""
     for a, b in inputs:
         if a != b:
@@ -93,7 +93,7 @@ def batch_sizes(inputs: Sequence[tuple[Shape, Shape]]) -> tuple[int, int] | None
     return None
 
 
-def grown(a: Shape, b: Shape, batch: tuple[int, int]) -> int | None:
+def _grown(a: Shape, b: Shape, batch: tuple[int, int]) -> int | None:
     """The one dimension that grows as the batch does; None if the shapes are the same, -1 if they differ otherwise."""
     if a == b:
         return None

@@ -52,8 +52,8 @@ class Program:
         Raises:
             TraceError: The graph is another one at this size, so that what was traced does not hold for it.
         """
-        shapes = input_shapes(args, kwargs)
-        if shapes == input_shapes(self.args, self.kwargs):
+        shapes = _input_shapes(args, kwargs)
+        if shapes == _input_shapes(self.args, self.kwargs):
             return self
         if shapes not in self._recaptured:
             self._recaptured[shapes] = self.resized(args, kwargs) if self.fixed_size else self.recaptured(args, kwargs)
@@ -66,8 +66,8 @@ class Program:
             TraceError: The graph is another one at this size.
         """
         other = capture(self.module, args, kwargs)
-        if not same_operations(self.graph, other.graph):
-            shapes, own = input_shapes(args, kwargs), input_shapes(self.args, self.kwargs)
+        if not _same_operations(self.graph, other.graph):
+            shapes, own = _input_shapes(args, kwargs), _input_shapes(self.args, self.kwargs)
             raise TraceError(
                 f"on inputs of shape {shapes} the model runs other operations than on {own}: trace it on those"
             )
@@ -82,26 +82,26 @@ class Program:
         own = {node.name: node.meta.get("val") for node in self.graph.nodes}
         sizes = tuple(tuple(own[name].shape) for name in self.inputs if isinstance(own[name], Tensor))
         refusal = (
-            f"the program was exported for inputs of shape {sizes} and cannot be used on {input_shapes(args, kwargs)}"
+            f"the program was exported for inputs of shape {sizes} and cannot be used on {_input_shapes(args, kwargs)}"
         )
         advice = "export it with a dynamic batch size, or trace the module itself"
         try:
-            other = export(self.module, args, kwargs)
+            other = _export(self.module, args, kwargs)
         except TraceError as error:
             raise TraceError(f"{refusal}: {error}; {advice}") from error
-        where = "its operations change" if not same_operations(self.graph, other.graph) else None
+        where = "its operations change" if not _same_operations(self.graph, other.graph) else None
         where = where or first_mixing(self.graph, other.graph, self.inputs)
         if where is not None:
             raise TraceError(f"{refusal}, where samples might mix ({where}): {advice}")
         return replace(other, fixed_size=True)
 
 
-def same_operations(graph: fx.Graph, other: fx.Graph) -> bool:
+def _same_operations(graph: fx.Graph, other: fx.Graph) -> bool:
     """Whether two graphs run operations of the same names in the same order."""
     return [(n.name, n.target) for n in graph.nodes] == [(n.name, n.target) for n in other.nodes]
 
 
-def input_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+def _input_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     """Shapes of all input tensors, in order."""
     return tuple(tuple(x.shape) for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor))
 
@@ -144,19 +144,19 @@ def capture(
     """
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):
-        return capture_exported(model, args, kwargs)
+        return _capture_exported(model, args, kwargs)
     if not args and not kwargs:
         raise InputError("no example input: give trace one batch of inputs, as the model's forward takes them")
     shared = share_structure(model)
     if not any(parameter.is_meta for parameter in model.parameters()):
-        return export(shared, args, kwargs)
+        return _export(shared, args, kwargs)
     # Everything on one device; buffers that have numbers, such as a table of indices, keep them as constants.
     numbers = {name: buffer for name, buffer in shared.named_buffers() if not buffer.is_meta}
     args, named = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
-    return export(shared.to("meta"), args, named, numbers)
+    return _export(shared.to("meta"), args, named, numbers)
 
 
-def capture_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+def _capture_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
     """The graph of a program that was exported before, on example inputs; on its own ones if none are given.
 
     Raises:
@@ -167,13 +167,13 @@ def capture_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: Ma
     inputs = [n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
     shapes = [tuple(n.meta["val"].shape) for n in inputs if isinstance(n.meta.get("val"), Tensor)]
     if any(isinstance(size, SymInt) for shape in shapes for size in shape):
-        return export(program.module(), args, kwargs)
-    own = describe(program, without_guards(program), args, kwargs, {})
+        return _export(program.module(), args, kwargs)
+    own = _describe(program, _without_guards(program), args, kwargs, {})
     own.fixed_size = True
-    return own if tuple(shapes) == input_shapes(args, kwargs) else own.resized(args, kwargs)
+    return own if tuple(shapes) == _input_shapes(args, kwargs) else own.resized(args, kwargs)
 
 
-def without_guards(program: ExportedProgram) -> nn.Module:
+def _without_guards(program: ExportedProgram) -> nn.Module:
     """A program's module that runs at every size at which its operations do."""
     module = program.module()
     module._forward_pre_hooks.clear()  # of these, some versions of torch check sizes
@@ -183,7 +183,7 @@ def without_guards(program: ExportedProgram) -> nn.Module:
     return module
 
 
-def export(
+def _export(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], numbers: Mapping[str, Tensor] | None = None
 ) -> Program:
     """A module's graph, in the mode in which the module is.
@@ -204,14 +204,14 @@ def export(
             warnings.simplefilter("ignore")  # advice on how to export, which nobody asked for
             exported = torch.export.export(module, args, dict(kwargs), strict=False)
     except Exception as error:  # torch.export raises many types; all of them mean that the graph cannot be had
-        raise TraceError(f"the model cannot be captured: {first_line(error)}") from error
+        raise TraceError(f"the model cannot be captured: {_first_line(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    inline_contexts(exported.graph_module)
-    return describe(exported, module, args, kwargs, numbers or {})
+    _inline_contexts(exported.graph_module)
+    return _describe(exported, module, args, kwargs, numbers or {})
 
 
-def inline_contexts(module: fx.GraphModule) -> None:
+def _inline_contexts(module: fx.GraphModule) -> None:
     """Puts the operations of blocks that only switch gradients or automatic casts off in place of the blocks."""
     for node in [n for n in module.graph.nodes if n.op == "call_function"]:
         name = getattr(node.target, "__name__", "")
@@ -222,7 +222,7 @@ def inline_contexts(module: fx.GraphModule) -> None:
         else:
             continue
         inner = getattr(module, str(body.target))
-        inline_contexts(inner)
+        _inline_contexts(inner)
         placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
         renamed: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
         with module.graph.inserting_before(node):
@@ -237,7 +237,7 @@ def inline_contexts(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def describe(
+def _describe(
     exported: ExportedProgram,
     module: nn.Module,
     args: tuple[Any, ...],
@@ -265,7 +265,7 @@ def describe(
     return program
 
 
-def first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The first telling line of an error's message, with the line of the user's code where torch names one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = lines[0] if lines else type(error).__name__

@@ -61,11 +61,11 @@ def align(
     modules = as_own_modules(models) if unequal else as_modules(models, module)
     Problem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
     symmetry = symmetry_of(modules[0], symmetry, inputs, data)
-    symmetries = trace_counterparts(modules, symmetry) if unequal else ()
+    symmetries = _trace_counterparts(modules, symmetry) if unequal else ()
     return solve(configured, Problem(modules, symmetry, data, seed, symmetries))
 
 
-def trace_counterparts(models: Sequence[nn.Module], symmetry: Symmetry) -> tuple[Symmetry, ...]:
+def _trace_counterparts(models: Sequence[nn.Module], symmetry: Symmetry) -> tuple[Symmetry, ...]:
     """Every model's own symmetry, where spaces correspond to those of the first but may be of other sizes.
 
     Raises:

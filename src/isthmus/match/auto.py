@@ -95,7 +95,7 @@ class Auto:
         left_out: dict[str, str] = {}
         part = Problem(problem.models, problem.symmetry, fitting, problem.seed)
         if held is None:
-            judge, criterion = partial(disagreement, problem), "negative inner product of the moved weights"
+            judge, criterion = partial(_disagreement, problem), "negative inner product of the moved weights"
         else:
             judge, criterion = judge_by(problem, fitting, held)
         methods = self.methods()
@@ -127,7 +127,7 @@ class Auto:
         )
 
 
-def disagreement(problem: Problem, alignment: Alignment) -> float:
+def _disagreement(problem: Problem, alignment: Alignment) -> float:
     """The negative inner product of the moved weights, summed over pairs of models; infinite after linear maps."""
     if not alignment.is_exact:
         return math.inf

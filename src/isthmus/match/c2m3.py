@@ -107,7 +107,7 @@ class C2M3:
             converged = told["converged"]
             told["projected"] = value = total_value(problem, transforms)[0]
             if self.polish:
-                transforms, done = polish(problem, transforms, restart)
+                transforms, done = _polish(problem, transforms, restart)
                 converged &= done
                 told["polished"] = value = total_value(problem, transforms)[0]
             tried.append(told)
@@ -140,15 +140,15 @@ class C2M3:
         self, relaxed: RelaxedObjective, seed: int, restart: int
     ) -> tuple[list[dict[str, Transform]], dict[str, Any]]:
         """Frank-Wolfe from one start: the projected permutations of every model, and what happened on the way."""
-        points, start = starting_points(relaxed, seed, restart)
+        points, start = _starting_points(relaxed, seed, restart)
         limit = max(1, round(STEPS * self.budget))
         pair_steps = []
         if self.pinned and len(points) > 2:
             for index in relaxed.moving:
                 pair = relaxed.pair(0, index)
-                (_, points[index]), taken, _, _ = frank_wolfe(pair, [points[0], points[index]], limit)
+                (_, points[index]), taken, _, _ = _frank_wolfe(pair, [points[0], points[index]], limit)
                 pair_steps.append(taken)
-        points, steps, value, gap = frank_wolfe(relaxed, points, limit)
+        points, steps, value, gap = _frank_wolfe(relaxed, points, limit)
         transforms = []
         for index, own in enumerate(relaxed.transforms):
             nearest = relaxed.oracle({name: m.numpy() for name, m in points[index].items()})
@@ -163,7 +163,7 @@ class C2M3:
         }
 
 
-def starting_points(relaxed: RelaxedObjective, seed: int, restart: int) -> tuple[list[Point], str]:
+def _starting_points(relaxed: RelaxedObjective, seed: int, restart: int) -> tuple[list[Point], str]:
     """One point a model, and what the start is called; models that do not move are at the identity."""
     points = [relaxed.point(relaxed.vertex(transforms)) for transforms in relaxed.transforms]
     if restart == 0:
@@ -171,20 +171,20 @@ def starting_points(relaxed: RelaxedObjective, seed: int, restart: int) -> tuple
     rng = np.random.default_rng([seed, restart])
     # If every model started at the mean, all gradients would be alike: model 0 stays where it is.
     for point in points[1:]:
-        draw = random_point(relaxed, rng) if restart > 1 else None
+        draw = _random_point(relaxed, rng) if restart > 1 else None
         for name, matrix in point.items():
             mean = torch.full_like(matrix, 1 / len(matrix))
             point[name] = mean if draw is None else (mean + draw[name]) / 2
     return points, "mean" if restart == 1 else "random"
 
 
-def random_point(relaxed: RelaxedObjective, rng: np.random.Generator) -> Point:
+def _random_point(relaxed: RelaxedObjective, rng: np.random.Generator) -> Point:
     """A random permutation of every relaxed family."""
     noise = {space.name: rng.standard_normal((space.copies * space.size,) * 2) for space in relaxed.spaces}
     return relaxed.point(relaxed.vertex(relaxed.oracle(noise)))
 
 
-def frank_wolfe(
+def _frank_wolfe(
     relaxed: RelaxedObjective, points: Sequence[Point], steps: int
 ) -> tuple[list[Point], int, float, float]:
     """Climbs from relaxed points; the objective never falls.
@@ -200,7 +200,7 @@ def frank_wolfe(
         vertices = [relaxed.vertex(relaxed.oracle(g)) if i in relaxed.moving else {} for i, g in enumerate(gradients)]
         coefficients = relaxed.along(moved, points, vertices)
         value, gap = float(coefficients[0]), float(coefficients[1]) if len(coefficients) > 1 else 0.0
-        t = highest(coefficients)
+        t = _highest(coefficients)
         if gap <= GAP * abs(value) or t == 0 or step == steps:
             return points, step, value, max(gap, 0.0)
         for index in relaxed.moving:
@@ -208,7 +208,7 @@ def frank_wolfe(
     raise AssertionError("unreachable")
 
 
-def highest(coefficients: Float[np.ndarray, " coefficients"]) -> float:
+def _highest(coefficients: Float[np.ndarray, " coefficients"]) -> float:
     """Where in [0, 1] a polynomial, its coefficients lowest first, is largest; the first such place."""
     polynomial = np.polynomial.Polynomial(coefficients)
     slope = polynomial.deriv().trim(float(np.abs(coefficients).max()) * 1e-14)  # roots divide by the last coefficient
@@ -217,7 +217,7 @@ def highest(coefficients: Float[np.ndarray, " coefficients"]) -> float:
     return float(places[np.argmax(polynomial(places))])
 
 
-def polish(
+def _polish(
     problem: Problem, transforms: Sequence[dict[str, Transform]], restart: int
 ) -> tuple[list[dict[str, Transform]], bool]:
     """Coordinate descent from permutations of every model, and whether it ended by itself."""

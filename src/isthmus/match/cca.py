@@ -88,7 +88,7 @@ class CCA:
             return self._align(problem, problem.moments(self.at), self.gamma)
         fitting, held = split_batches(problem.data, HELD_OUT)
         moments = collect(problem.models, problem.symmetry, fitting, at=self.at)
-        judge, criterion = judge_by(problem, first_inputs(fitting, FITTING_INPUTS), first_inputs(held, HELD_INPUTS))
+        judge, criterion = judge_by(problem, _first_inputs(fitting, FITTING_INPUTS), _first_inputs(held, HELD_INPUTS))
         scores = {gamma: judge(self._align(problem, moments, gamma)) for gamma in progress(GRID, "choosing the ridge")}
         finite = {gamma: score for gamma, score in scores.items() if math.isfinite(score)}
         if not finite:
@@ -106,13 +106,13 @@ class CCA:
     def _align(self, problem: Problem, moments: Moments, gamma: float) -> Alignment:
         """The alignment with one ridge."""
         if gamma == 0:
-            check_samples(moments)
-        solve = partial(canonical_map, gamma=gamma)
+            _check_samples(moments)
+        solve = partial(_canonical_map, gamma=gamma)
         found = all_to_one(problem, self.name, partial(map_spaces, problem, moments, solve=solve), self.reference)
         return replace(found, details=dict(found.details) | {"gamma": gamma})
 
 
-def canonical_map(
+def _canonical_map(
     own: Float[Tensor, "units units"],
     other: Float[Tensor, "units units"],
     between: Float[Tensor, "units units"],
@@ -138,7 +138,7 @@ def canonical_map(
     return LinearMap(into, back), float(values.sum())
 
 
-def check_samples(moments: Moments) -> None:
+def _check_samples(moments: Moments) -> None:
     """Refuses full canonical correlation analysis on fewer samples than units.
 
     Raises:
@@ -153,7 +153,7 @@ def check_samples(moments: Moments) -> None:
             )
 
 
-def first_inputs(batches: Sequence[Batch], count: int) -> list[Batch]:
+def _first_inputs(batches: Sequence[Batch], count: int) -> list[Batch]:
     """The first batches that hold `count` inputs together; all where there are fewer."""
     found: list[Batch] = []
     for batch in batches:

@@ -28,21 +28,21 @@ def best_of_starts(
         if restart == 0:
             start = identity_transforms(objective.symmetry)
         elif restart == 1:
-            start = forward_start(objective)
+            start = _forward_start(objective)
         else:
-            start = random_start(objective.symmetry, rng)
+            start = _random_start(objective.symmetry, rng)
         transforms, converged = descend(objective, start, max_sweeps, rng)
         found.append((objective.value(transforms), transforms, converged))
     best = max(found, key=lambda item: item[0])
     return best[1], best[2], [value for value, _, _ in found]
 
 
-def random_start(symmetry: Symmetry, rng: np.random.Generator) -> dict[str, Transform]:
+def _random_start(symmetry: Symmetry, rng: np.random.Generator) -> dict[str, Transform]:
     """A random permutation for every space."""
     return {space.name: Permutation.random(space, rng) for space in symmetry}
 
 
-def forward_start(objective: WeightObjective) -> dict[str, Transform]:
+def _forward_start(objective: WeightObjective) -> dict[str, Transform]:
     """Permutations from one pass in graph order, in which only tensors between solved spaces are trusted."""
     transforms = identity_transforms(objective.symmetry)
     solved: frozenset[str] = frozenset()
@@ -77,10 +77,10 @@ def improve_family(objective: WeightObjective, root: Space, transforms: dict[str
         if accepted:
             transforms |= proposed
         return accepted
-    return improve_coupled(objective, root, transforms, proposed)
+    return _improve_coupled(objective, root, transforms, proposed)
 
 
-def improve_coupled(
+def _improve_coupled(
     objective: WeightObjective, root: Space, transforms: dict[str, Transform], proposed: dict[str, Transform]
 ) -> bool:
     """As `improve_family` where the objective is not linear in the family: steps are taken only if it truly rises."""
@@ -116,7 +116,7 @@ def merge_many(
     for rounds in range(1, max_rounds + 1):
         improved = False
         for index in rng.permutation(len(moved)):
-            mean = mean_of([state for other, state in enumerate(moved) if other != index], parameters)
+            mean = _mean_of([state for other, state in enumerate(moved) if other != index], parameters)
             objective = WeightObjective(symmetry, mean, moved[index], parameters)
             start = identity_transforms(symmetry)
             step, _ = descend(objective, start, max_rounds, rng)
@@ -130,7 +130,7 @@ def merge_many(
     return transforms, max_rounds, False
 
 
-def mean_of(states: Sequence[State], parameters: frozenset[str]) -> State:
+def _mean_of(states: Sequence[State], parameters: frozenset[str]) -> State:
     """The mean of the trained tensors of several states."""
     return {name: torch.stack([state[name].float() for state in states]).mean(dim=0) for name in parameters}
 

@@ -57,10 +57,10 @@ class TaskLoss:
             layer.track_running_stats = False  # or the statistics that it is given would be overwritten
             layer.train()
         fitting, self.held = split_batches(problem.data, HELD_OUT)
-        parts = [part for whole in fitting for part in parts_of(whole, batch)]
-        self.fitting = [part for part in parts if counted(part)]  # the mean loss over no target is no number
+        parts = [part for whole in fitting for part in _parts_of(whole, batch)]
+        self.fitting = [part for part in parts if _counted(part)]  # the mean loss over no target is no number
         for what, chosen in (("fitting", self.fitting), ("held-out", self.held)):
-            if not any(counted(part) for part in chosen):
+            if not any(_counted(part) for part in chosen):
                 raise DataError(f"the {what} batches have no targets that count: give more batches")
 
     @property
@@ -97,7 +97,7 @@ class TaskLoss:
         total, count = 0.0, 0
         with torch.no_grad():
             for batch in self.held:
-                if targets := counted(batch):
+                if targets := _counted(batch):
                     total += float(self.at(state, batch)) * targets
                     count += targets
         return total / count if math.isfinite(total) else math.inf
@@ -149,7 +149,7 @@ def working_states(problem: Problem) -> list[dict[str, Tensor]]:
     ]
 
 
-def counted(batch: Batch) -> int:
+def _counted(batch: Batch) -> int:
     """How many targets of a batch count.
 
     Raises:
@@ -160,7 +160,7 @@ def counted(batch: Batch) -> int:
     return int((batch.targets != IGNORED).sum())
 
 
-def parts_of(batch: Batch, size: int) -> list[Batch]:
+def _parts_of(batch: Batch, size: int) -> list[Batch]:
     """A batch in even parts of at most `size` samples; whole where some tensor of it is not one row a sample."""
     targets = batch.targets
     tensors = [x for x in pytree.tree_leaves((batch.args, dict(batch.kwargs), targets)) if isinstance(x, Tensor)]
@@ -273,7 +273,7 @@ def search(
         if index not in checks:
             continue
         now = current()
-        if not all(alike(a, b) for a, b in zip(now, checked, strict=True)):
+        if not all(_alike(a, b) for a, b in zip(now, checked, strict=True)):
             loss, checked = judge(now), list(now)
         losses.append(loss)
         if loss < lowest:
@@ -291,7 +291,7 @@ def search(
     return Found(best, lowest, best_step < steps, told)
 
 
-def alike(a: Transforms, b: Transforms) -> bool:
+def _alike(a: Transforms, b: Transforms) -> bool:
     """Whether two sets of transforms are the same permutations; linear maps are never taken for the same."""
     pairs = [(transform, b[name]) for name, transform in a.items()]
     return all(

@@ -35,16 +35,16 @@ def judge_by(problem: Problem, fitting: Any, held: Any) -> tuple[Callable[[Align
             return repair(merged, fitting)
         return merged
 
-    if is_labelled(held) and classifies(models[0], held):
+    if is_labelled(held) and _classifies(models[0], held):
         return lambda alignment: evaluate(merged_by(alignment), held).loss, "loss of the merged model on held-out data"
     ensemble = Ensemble(models)  # of whatever scores the models give
     return (
-        lambda alignment: distance_of_scores(merged_by(alignment), ensemble, held),
+        lambda alignment: _distance_of_scores(merged_by(alignment), ensemble, held),
         "distance of class scores from the ensemble's on held-out data",
     )
 
 
-def classifies(model: nn.Module, data: Any) -> bool:
+def _classifies(model: nn.Module, data: Any) -> bool:
     """Whether the model's outputs are class scores for the data's targets."""
     try:
         evaluate(model, data)
@@ -53,7 +53,7 @@ def classifies(model: nn.Module, data: Any) -> bool:
     return True
 
 
-def distance_of_scores(model: nn.Module, ensemble: nn.Module, data: Any) -> float:
+def _distance_of_scores(model: nn.Module, ensemble: nn.Module, data: Any) -> float:
     """Mean squared distance of two models' class scores.
 
     Raises:

@@ -173,7 +173,7 @@ class Latents:
             self.start[space.name] = matrix = matrices(permutation.indices, like)
             if self.group[space.name] == "permutation":
                 similarity = torch.from_numpy(objective.inner_similarity(space, start)).to(matrix)
-                free = similarity_around(similarity, permutation, matrix)
+                free = _similarity_around(similarity, permutation, matrix)
             else:
                 free = torch.zeros_like(matrix)
             self.free[space.name] = free.requires_grad_()
@@ -199,7 +199,7 @@ class Latents:
         """
         free, start = self.free[name], self.start[name]
         if self.group[name] == "permutation":
-            hard = matrices(nearest(free).indices, free)
+            hard = matrices(_nearest(free).indices, free)
             through = hard + (free - free.detach())  # the value of `hard`, the gradient of `free`
             return LinearMap(through, through.transpose(1, 2))
         identity = torch.eye(free.shape[1], dtype=free.dtype)
@@ -219,19 +219,19 @@ class Latents:
         with torch.no_grad():
             for name, free in self.free.items():
                 if self.group[name] == "permutation":
-                    found[name] = nearest(free)
+                    found[name] = _nearest(free)
                 else:
                     kept = self.map(name)
                     found[name] = LinearMap(kept.into.contiguous(), kept.back.contiguous())
         return found
 
 
-def nearest(latent: Tensor) -> Permutation:
+def _nearest(latent: Tensor) -> Permutation:
     """The permutation nearest to a matrix, one a copy."""
     return Permutation(solve_laps(latent.detach().double().cpu().numpy()))
 
 
-def similarity_around(
+def _similarity_around(
     similarity: Float[Tensor, "copies size size"],
     permutation: Permutation,
     matrix: Float[Tensor, "copies size size"],
@@ -241,6 +241,6 @@ def similarity_around(
     It is not the nearest where a space's own places do not tell all, as in families of nested spaces.
     """
     scale = (similarity * matrix).sum() / matrix.sum()
-    if scale > 0 and np.array_equal(nearest(similarity).indices, permutation.indices):
+    if scale > 0 and np.array_equal(_nearest(similarity).indices, permutation.indices):
         return similarity / scale
     return matrix.clone()

@@ -79,7 +79,7 @@ class MuDSC:
         transforms = identity_transforms(symmetry)
         roots = objective.families()
         responses = {
-            space.name: standardised(moments[space.name].correlation(fixed, moved).numpy())
+            space.name: _standardised(moments[space.name].correlation(fixed, moved).numpy())
             for space in symmetry
             if not symmetry.children(space)  # what a space's children tell is summed up from them
         }
@@ -88,7 +88,7 @@ class MuDSC:
             for root in roots:
                 mixed = {}
                 for space in family_of(symmetry, root):
-                    weights = standardised(objective.similarity(space, transforms))
+                    weights = _standardised(objective.similarity(space, transforms))
                     own = responses.get(space.name)
                     mixed[space.name] = (1 - self.alpha) * weights + (0.0 if own is None else self.alpha * own)
                 solved = solve_family(symmetry, root, mixed)
@@ -105,7 +105,7 @@ class MuDSC:
         return Pair(transforms, objective.value(transforms), converged=False, details={"sweeps": self.max_sweeps})
 
 
-def standardised(similarity: Float[np.ndarray, "units units"]) -> Float[np.ndarray, "units units"]:
+def _standardised(similarity: Float[np.ndarray, "units units"]) -> Float[np.ndarray, "units units"]:
     """The matrix with mean 0 and standard deviation 1; zeros if all its numbers are alike."""
     centred = np.asarray(similarity, dtype=np.float64) - similarity.mean(dtype=np.float64)
     deviation = centred.std()

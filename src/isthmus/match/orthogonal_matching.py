@@ -108,25 +108,25 @@ class OrthogonalMatching:
         states: list[State] = problem.states
         bases: list[Transforms] = []
         if balanced:
-            bases = [balancing(state, symmetry, problem.parameters) for state in states]
+            bases = [_balancing(state, symmetry, problem.parameters) for state in states]
             states = [move_state(state, basis, symmetry) for state, basis in zip(states, bases, strict=True)]
-        names = problem.parameters - gains_of(symmetry)
+        names = problem.parameters - _gains_of(symmetry)
         read = problem
         if balanced and self.start == "activations":
             pairs = zip(problem.models, states, strict=True)
-            read = Problem([holding(model, state) for model, state in pairs], symmetry, problem.data, problem.seed)
+            read = Problem([_holding(model, state) for model, state in pairs], symmetry, problem.data, problem.seed)
 
         def match_pair(fixed: int, moved: int) -> Pair:
             objective = WeightObjective(symmetry, states[fixed], states[moved], names, torch.float64)
             seed = problem.seed + (moved - 1 if moved > fixed else moved)  # its own for each model that moves
             if self.start == "weights":
                 return self._match(objective, seed)
-            begin = activation_start(read, fixed, moved)
+            begin = _activation_start(read, fixed, moved)
             # Each space's map from activations is the best of its group: without sweeps nothing is left to be done.
             transforms, converged = begin, True
             if self.max_sweeps:
                 transforms, converged = ascend(
-                    objective, begin, self.max_sweeps, np.random.default_rng(seed), improve_family
+                    objective, begin, self.max_sweeps, np.random.default_rng(seed), _improve_family
                 )
             starts = {"starts": [objective.value(transforms)], "activations": objective.value(begin)}
             return Pair(transforms, objective.value(transforms), converged=converged, details=starts)
@@ -141,41 +141,41 @@ class OrthogonalMatching:
         """The maps that carry the objective's moved model to the fixed one."""
         permutations, _, values = best_of_starts(objective, self.restarts, self.max_sweeps, seed)
         ends: list[tuple[float, dict[str, Transform], bool]] = []
-        for number, begin in enumerate((permutations, forward_start(objective))):
+        for number, begin in enumerate((permutations, _forward_start(objective))):
             rng = np.random.default_rng([seed, self.restarts + number])
-            transforms, converged = ascend(objective, begin, self.max_sweeps, rng, improve_family)
+            transforms, converged = ascend(objective, begin, self.max_sweeps, rng, _improve_family)
             ends.append((objective.value(transforms), transforms, converged))
         value, transforms, converged = max(ends, key=lambda end: end[0])
         details: dict[str, Any] = {"permutations": max(values), "starts": [end[0] for end in ends]}
         return Pair(transforms, value, converged=converged, details=details)
 
 
-def gains_of(symmetry: Symmetry) -> set[str]:
+def _gains_of(symmetry: Symmetry) -> set[str]:
     """Names of the gains that are folded: they are all ones, and say nothing."""
     return {site.parameter for space in symmetry for site in space.sites if site.role == "diagonal"}
 
 
-def is_linear(space: Space) -> bool:
+def _is_linear(space: Space) -> bool:
     """Whether a space allows more than permutations."""
     return space.group is not Group.PERMUTATION
 
 
-def forward_start(objective: WeightObjective) -> dict[str, Transform]:
+def _forward_start(objective: WeightObjective) -> dict[str, Transform]:
     """Maps from one pass in graph order, in which only tensors between solved spaces are trusted."""
     transforms = identity_transforms(objective.symmetry)
     solved: frozenset[str] = frozenset()
     for root in objective.families():
         family = family_of(objective.symmetry, root)
         similarities = {space.name: objective.similarity(space, transforms, solved) for space in family}
-        transforms |= solve_family(objective.symmetry, root, similarities)
+        transforms |= _solve_family(objective.symmetry, root, similarities)
         solved |= {root.name}
-        if objective.is_coupled(root) and met_by(objective, root) <= solved:
-            transforms |= climb(objective, root, transforms)[1]
+        if objective.is_coupled(root) and _met_by(objective, root) <= solved:
+            transforms |= _climb(objective, root, transforms)[1]
         objective.moved_by(root)
     return transforms
 
 
-def activation_start(problem: Problem, fixed: int, moved: int) -> dict[str, Transform]:
+def _activation_start(problem: Problem, fixed: int, moved: int) -> dict[str, Transform]:
     """Of every space the map of its group that brings one model's activations nearest to another's, in least squares.
 
     Raises:
@@ -192,18 +192,18 @@ def activation_start(problem: Problem, fixed: int, moved: int) -> dict[str, Tran
             # What holds other units is as alike as they are; its own reading would count them twice.
             told = np.zeros((units, units)) if symmetry.children(space) else moments[space.name].between(fixed, moved)
             similarities[space.name] = np.asarray(told, dtype=np.float64)
-        transforms |= solve_family(symmetry, root, similarities)
+        transforms |= _solve_family(symmetry, root, similarities)
     return transforms
 
 
-def holding(model: nn.Module, state: State) -> nn.Module:
+def _holding(model: nn.Module, state: State) -> nn.Module:
     """A copy of the model with this state."""
     copied = copy.deepcopy(model)
     copied.load_state_dict(dict(state))
     return copied
 
 
-def met_by(objective: WeightObjective, root: Space) -> set[str]:
+def _met_by(objective: WeightObjective, root: Space) -> set[str]:
     """Names of the root spaces of which a family's similarities depend."""
     return {
         objective.root[other.name]
@@ -213,26 +213,26 @@ def met_by(objective: WeightObjective, root: Space) -> set[str]:
     }
 
 
-def improve_family(objective: WeightObjective, root: Space, transforms: dict[str, Transform]) -> bool:
+def _improve_family(objective: WeightObjective, root: Space, transforms: dict[str, Transform]) -> bool:
     """One step in a family of nested spaces; changes `transforms` and returns True if the objective rose."""
     symmetry = objective.symmetry
     similarities = {space.name: objective.similarity(space, transforms) for space in family_of(symmetry, root)}
-    proposed = {**transforms, **solve_family(symmetry, root, similarities)}
+    proposed = {**transforms, **_solve_family(symmetry, root, similarities)}
     if objective.is_coupled(root):
         before = objective.value(transforms, root)
         reached, best = max(
-            (climb(objective, root, candidate) for candidate in (proposed, transforms)), key=lambda end: end[0]
+            (_climb(objective, root, candidate) for candidate in (proposed, transforms)), key=lambda end: end[0]
         )
     else:
-        before = family_value(symmetry, root, similarities, transforms)
-        reached, best = family_value(symmetry, root, similarities, proposed), proposed
+        before = _family_value(symmetry, root, similarities, transforms)
+        reached, best = _family_value(symmetry, root, similarities, proposed), proposed
     if reached - before > GAIN * max(abs(before), abs(reached)):
         transforms.update(best)
         return True
     return False
 
 
-def climb(
+def _climb(
     objective: WeightObjective, root: Space, start: Mapping[str, Transform]
 ) -> tuple[float, dict[str, Transform]]:
     """Steps of single spaces, where the objective is not linear in the family: each is taken only if it rises.
@@ -241,20 +241,20 @@ def climb(
     solved yet. The higher end is kept.
     """
     family = family_of(objective.symmetry, root)
-    ends = [climb_along(objective, root, start, order) for order in (family, family[::-1])]
+    ends = [_climb_along(objective, root, start, order) for order in (family, family[::-1])]
     return max(ends, key=lambda end: end[0])
 
 
-def climb_along(
+def _climb_along(
     objective: WeightObjective, root: Space, start: Mapping[str, Transform], order: Sequence[Space]
 ) -> tuple[float, dict[str, Transform]]:
-    """As `climb`, in one order of the spaces."""
+    """As `_climb`, in one order of the spaces."""
     candidate = dict(start)
     reached = objective.value(candidate, root)
     for space in order:
         inner = objective.inner_similarity(space, candidate)
-        if is_linear(space):
-            step: Transform = rotation(nearest_element(torch.from_numpy(inner), space.group)[0])
+        if _is_linear(space):
+            step: Transform = _rotation(nearest_element(torch.from_numpy(inner), space.group)[0])
         else:
             step = Permutation(solve_laps(inner))
         trial = {**candidate, space.name: step}
@@ -264,12 +264,12 @@ def climb_along(
     return reached, candidate
 
 
-def rotation(into: Float[Tensor, "copies size size"]) -> LinearMap:
+def _rotation(into: Float[Tensor, "copies size size"]) -> LinearMap:
     """The orthogonal map with these matrices."""
     return LinearMap(into.contiguous(), into.transpose(1, 2).contiguous())
 
 
-def solve_family(symmetry: Symmetry, root: Space, similarities: Mapping[str, Similarity]) -> dict[str, Transform]:
+def _solve_family(symmetry: Symmetry, root: Space, similarities: Mapping[str, Similarity]) -> dict[str, Transform]:
     """The maps of a root space and of all spaces nested in it that maximise the total similarity, each in its group.
 
     Args:
@@ -283,14 +283,14 @@ def solve_family(symmetry: Symmetry, root: Space, similarities: Mapping[str, Sim
     for space in reversed(family):
         totals[space.name] = np.array(similarities[space.name], dtype=np.float64)
         for child in symmetry.children(space):
-            totals[space.name] += block_values(totals[child.name], child)
+            totals[space.name] += _block_values(totals[child.name], child)
     found: dict[str, Transform] = {}
     rows = {root.name: np.arange(root.copies)}
     for space in family:
         blocks = as_blocks(totals[space.name], space)
         facing = np.stack([blocks[copy, row] for copy, row in enumerate(rows[space.name])])
-        if is_linear(space):
-            found[space.name] = rotation(nearest_element(torch.from_numpy(facing), space.group)[0])
+        if _is_linear(space):
+            found[space.name] = _rotation(nearest_element(torch.from_numpy(facing), space.group)[0])
             continue
         indices = np.stack([solve_lap(block) for block in facing])
         found[space.name] = Permutation(indices)
@@ -299,15 +299,15 @@ def solve_family(symmetry: Symmetry, root: Space, similarities: Mapping[str, Sim
     return found
 
 
-def block_values(similarity: Similarity, space: Space) -> Float[np.ndarray, "copies copies"]:
+def _block_values(similarity: Similarity, space: Space) -> Float[np.ndarray, "copies copies"]:
     """The value of the best map between each pair of copies."""
-    if not is_linear(space):
+    if not _is_linear(space):
         return assignment_values(similarity, space)
     blocks = torch.from_numpy(np.ascontiguousarray(as_blocks(similarity, space)))
     return nearest_element(blocks, space.group)[1].numpy()
 
 
-def family_value(
+def _family_value(
     symmetry: Symmetry, root: Space, similarities: Mapping[str, Similarity], transforms: Transforms
 ) -> float:
     """The objective's part that a family has, from its similarities: linear in each space's map."""
@@ -325,7 +325,7 @@ def family_value(
     return total
 
 
-def balancing(state: State, symmetry: Symmetry, parameters: frozenset[str]) -> dict[str, Transform]:
+def _balancing(state: State, symmetry: Symmetry, parameters: frozenset[str]) -> dict[str, Transform]:
     """For spaces that allow invertible maps, the basis in which a model's weights are smallest; nothing else moves.
 
     With second moments V of what moves by T and C of what moves by T⁻¹, that is T = G^½ with G V G = C, the geometric
@@ -342,14 +342,14 @@ def balancing(state: State, symmetry: Symmetry, parameters: frozenset[str]) -> d
             if site.parameter in parameters and site.role in moments:
                 rows = site_rows(state[site.parameter].double().cpu(), site).reshape(space.copies, space.size, -1)
                 moments[site.role] += rows @ rows.transpose(1, 2)
-        root, inverse_root = powers(moments["vector"])
-        inner, _ = powers(root @ moments["covector"] @ root)
-        into, back = powers(inverse_root @ inner @ inverse_root)
+        root, inverse_root = _powers(moments["vector"])
+        inner, _ = _powers(root @ moments["covector"] @ root)
+        into, back = _powers(inverse_root @ inner @ inverse_root)
         found[space.name] = LinearMap(into, back)
     return found
 
 
-def powers(
+def _powers(
     matrix: Float[Tensor, "copies size size"],
 ) -> tuple[Float[Tensor, "copies size size"], Float[Tensor, "copies size size"]]:
     """Square root and inverse square root of positive matrices, the smallest eigenvalues raised to `FLATTEST`."""

@@ -114,8 +114,8 @@ class OTFusion:
         symmetry = problem.symmetry
         result = Transport(self)
         for root in roots_of(symmetry):
-            costs = {s.name: activation_cost(problem, s, self.at, fixed, moved) for s in leaves(symmetry, root)}
-            if stands_alone(symmetry, root):
+            costs = {s.name: _activation_cost(problem, s, self.at, fixed, moved) for s in _leaves(symmetry, root)}
+            if _stands_alone(symmetry, root):
                 result.carry(root, costs[root.name])
             else:
                 result.permute(symmetry, root, {name: -cost for name, cost in costs.items()})
@@ -123,7 +123,7 @@ class OTFusion:
 
     def _by_weights(self, problem: Problem, fixed: int, moved: int) -> Pair:
         symmetry = problem.symmetry
-        nested = [space for space in roots_of(symmetry) if not stands_alone(symmetry, space)]
+        nested = [space for space in roots_of(symmetry) if not _stands_alone(symmetry, space)]
         if nested and problem.symmetries:
             raise InputError(
                 f"space {nested[0].name} holds nested spaces: models of several widths with such are carried over "
@@ -137,10 +137,10 @@ class OTFusion:
         for _ in range(self.passes):
             result.restart()
             for root in roots_of(symmetry):
-                if stands_alone(symmetry, root):
+                if _stands_alone(symmetry, root):
                     result.carry(root, weights.cost(root, result.transforms))
                 elif objective is not None:
-                    result.transforms |= match_by_weights(objective, root, result.transforms)
+                    result.transforms |= _match_by_weights(objective, root, result.transforms)
         return result.pair()
 
 
@@ -160,10 +160,10 @@ class Transport:
     def carry(self, space: Space, cost: Cost) -> None:
         """Solves one space that stands alone."""
         if self.options.coupling == "hard":
-            plan, converged = exact_plan(cost), True
+            plan, converged = _exact_plan(cost), True
         else:
-            plan, converged = entropic_plan(cost, self.options.regularisation)
-        self.transforms[space.name] = transform_of(plan)
+            plan, converged = _entropic_plan(cost, self.options.regularisation)
+        self.transforms[space.name] = _transform_of(plan)
         self.cost += float((plan * cost).sum())
         self.converged &= converged
 
@@ -177,17 +177,17 @@ class Transport:
         return Pair(dict(self.transforms), -self.cost, None, self.converged, {"cost": self.cost})
 
 
-def stands_alone(symmetry: Symmetry, space: Space) -> bool:
+def _stands_alone(symmetry: Symmetry, space: Space) -> bool:
     """Whether a space is nested in no other and holds none."""
     return space.parent is None and space.copies == 1 and not symmetry.children(space)
 
 
-def leaves(symmetry: Symmetry, root: Space) -> list[Space]:
+def _leaves(symmetry: Symmetry, root: Space) -> list[Space]:
     """The innermost spaces of a family."""
     return [space for space in family_of(symmetry, root) if not symmetry.children(space)]
 
 
-def activation_cost(problem: Problem, space: Space, at: str, fixed: int, moved: int) -> Cost:
+def _activation_cost(problem: Problem, space: Space, at: str, fixed: int, moved: int) -> Cost:
     """Mean squared difference of every unit of one model and every unit of another."""
     if problem.symmetries:
         joint = problem.joint_moments(at)
@@ -202,7 +202,7 @@ def activation_cost(problem: Problem, space: Space, at: str, fixed: int, moved: 
     return squares.clamp_min(0).numpy()
 
 
-def match_by_weights(
+def _match_by_weights(
     objective: WeightObjective, root: Space, transforms: Mapping[str, Transform]
 ) -> dict[str, Transform]:
     """The permutations of a family of nested spaces by weight matching; soft maps are rounded to permutations."""
@@ -282,7 +282,7 @@ class ProducerWeights:
         return squares.clamp_min(0)
 
 
-def exact_plan(cost: Cost) -> Plan:
+def _exact_plan(cost: Cost) -> Plan:
     """The cheapest transport between two uniform distributions of mass one.
 
     The masses are given as whole numbers, in which the solver's arithmetic is exact.
@@ -301,7 +301,7 @@ def exact_plan(cost: Cost) -> Plan:
     return plan / (frame * moved / shared)
 
 
-def entropic_plan(cost: Cost, regularisation: float) -> tuple[Plan, bool]:
+def _entropic_plan(cost: Cost, regularisation: float) -> tuple[Plan, bool]:
     """The transport of least cost minus entropy, and whether Sinkhorn's algorithm converged.
 
     Raises:
@@ -323,7 +323,7 @@ def entropic_plan(cost: Cost, regularisation: float) -> tuple[Plan, bool]:
     return plan, bool(told["err"] and told["err"][-1] < TOLERANCE)
 
 
-def transform_of(plan: Plan) -> Transform:
+def _transform_of(plan: Plan) -> Transform:
     """The barycentric maps of a plan; a permutation where it is one."""
     frame, moved = plan.shape
     if frame == moved and ((plan > 0).sum(axis=0) == 1).all() and ((plan > 0).sum(axis=1) == 1).all():

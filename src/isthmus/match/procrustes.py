@@ -57,12 +57,12 @@ class Procrustes:
         def match_pair(fixed: int, moved: int) -> Pair:
             if not len(problem.symmetry):
                 return Pair({}, 0.0)
-            return map_spaces(problem, problem.moments(self.at), fixed, moved, rotation)
+            return map_spaces(problem, problem.moments(self.at), fixed, moved, _rotation)
 
         return all_to_one(problem, self.name, match_pair, self.reference)
 
 
-def rotation(
+def _rotation(
     own: Float[Tensor, "units units"], other: Float[Tensor, "units units"], between: Float[Tensor, "units units"]
 ) -> tuple[LinearMap, float]:
     """The orthogonal map of Procrustes' problem, and the sum of the singular values."""

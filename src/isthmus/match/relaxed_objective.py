@@ -83,7 +83,7 @@ class RelaxedObjective:
             for name, sites in self.symmetry.sites.items()
             if name in self.parameters and all(site.role != "variance" for _, site in sites)
         }
-        split = {name: separate(self.symmetry, name, found) for name, found in sites.items()}
+        split = {name: _separate(self.symmetry, name, found) for name, found in sites.items()}
         root = {s.name: each.name for each in roots_of(self.symmetry) for s in family_of(self.symmetry, each)}
         interlocked = {root[space] for _, spaces in split.values() for space in spaces}
         self.held = [each for each in roots_of(self.symmetry) if each.name in interlocked]
@@ -98,7 +98,7 @@ class RelaxedObjective:
             if not actions:
                 continue  # constant
             self.actions[name] = actions
-            self.degrees[name] = degree_of(actions)
+            self.degrees[name] = _degree_of(actions)
             self.tensors[name] = []
             for index, state in enumerate(self.states):
                 tensor = state[name].to(dtype)
@@ -149,14 +149,14 @@ class RelaxedObjective:
                     others = tensor
                     for other in actions:
                         if other is not action:
-                            others = act(others, other, point[other.space])
+                            others = _act(others, other, point[other.space])
                     partial.append(others)
-                found[name].append(Moved(act(partial[0], actions[0], point[actions[0].space]), partial))
+                found[name].append(Moved(_act(partial[0], actions[0], point[actions[0].space]), partial))
         return found
 
     def value(self, moved: Mapping[str, Sequence[Moved]]) -> float:
         """The objective, without tensors that no relaxed space touches."""
-        return sum((products([], [model.whole for model in models])[2] for models in moved.values()), 0.0)
+        return sum((_products([], [model.whole for model in models])[2] for models in moved.values()), 0.0)
 
     def gradient(self, moved: Mapping[str, Sequence[Moved]]) -> list[Gradient]:
         """The derivative by every matrix of every model; empty for models that do not move."""
@@ -166,7 +166,7 @@ class RelaxedObjective:
             for index in range(len(self.states))
         ]
         for name, models in moved.items():
-            total = summed([model.whole for model in models])
+            total = _summed([model.whole for model in models])
             for index in self.moving:
                 rest = total - models[index].whole
                 for action, partial in zip(self.actions[name], models[index].partial, strict=True):
@@ -200,8 +200,8 @@ class RelaxedObjective:
             degree = self.degrees[name]
             known = [self._known(name, index, models[index], points[index], vertices[index]) for index in self.moving]
             fixed = [model.whole for index, model in enumerate(models) if index not in self.moving]
-            solve = np.linalg.inv(conditions(degree))
-            between, beside, constant = products(known, fixed)
+            solve = np.linalg.inv(_conditions(degree))
+            between, beside, constant = _products(known, fixed)
             between = solve @ between @ solve.T
             for power in range(degree + 1):
                 found[power : power + degree + 1] += between[power]
@@ -210,24 +210,24 @@ class RelaxedObjective:
         return found
 
     def _known(self, name: str, index: int, model: Moved, point: Point, vertex: Vertex) -> list[Tensor]:
-        """What determines a moving tensor on the line from a point to a vertex, in the order of `conditions`."""
+        """What determines a moving tensor on the line from a point to a vertex, in the order of `_conditions`."""
         tensor, actions, degree = self.tensors[name][index], self.actions[name], self.degrees[name]
         known = [model.whole]
         if degree > 1:
-            ends = [act(p, action, vertex[action.space]) for action, p in zip(actions, model.partial, strict=True)]
-            known.append(summed(ends) - len(ends) * model.whole)
-        for t in inner_nodes(degree):
+            ends = [_act(p, action, vertex[action.space]) for action, p in zip(actions, model.partial, strict=True)]
+            known.append(_summed(ends) - len(ends) * model.whole)
+        for t in _inner_nodes(degree):
             mixed = tensor
             for action in actions:
-                mixed = act(mixed, action, mix(point[action.space], vertex[action.space], t))
+                mixed = _act(mixed, action, mix(point[action.space], vertex[action.space], t))
             known.append(mixed)
         end = tensor
         for action in actions:
-            end = act(end, action, vertex[action.space])
+            end = _act(end, action, vertex[action.space])
         return [*known, end]
 
 
-def separate(symmetry: Symmetry, name: str, sites: Sequence[tuple[Space, Site]]) -> tuple[list[Action], list[str]]:
+def _separate(symmetry: Symmetry, name: str, sites: Sequence[tuple[Space, Site]]) -> tuple[list[Action], list[str]]:
     """How a tensor's spaces act on it, each place moved by the innermost space alone; and spaces that interlock.
 
     The flat permutation of a nested space holds the moves of its parents. So at places where an inner space's units are
@@ -241,12 +241,12 @@ def separate(symmetry: Symmetry, name: str, sites: Sequence[tuple[Space, Site]])
             if place is site or not overlap(site, place, symmetry.shapes[name]):
                 continue
             if space.name in ancestors(symmetry, other):
-                columns = columns_of(symmetry, space, other, positions, place) if place.dims == site.dims else None
+                columns = _columns_of(symmetry, space, other, positions, place) if place.dims == site.dims else None
                 if columns is None:
                     interlocked.append(space.name)
                 else:
                     free[columns] = False
-            elif other.name not in ancestors(symmetry, space) and is_kin(symmetry, space, other):
+            elif other.name not in ancestors(symmetry, space) and _is_kin(symmetry, space, other):
                 interlocked.append(space.name)
         if free.any():
             places = np.ascontiguousarray(positions[None, :, free])
@@ -254,13 +254,13 @@ def separate(symmetry: Symmetry, name: str, sites: Sequence[tuple[Space, Site]])
     return actions, interlocked
 
 
-def is_kin(symmetry: Symmetry, first: Space, second: Space) -> bool:
+def _is_kin(symmetry: Symmetry, first: Space, second: Space) -> bool:
     """Whether two spaces are of one family."""
     above = [ancestors(symmetry, space) | {space.name} for space in (first, second)]
     return bool(above[0] & above[1])
 
 
-def columns_of(
+def _columns_of(
     symmetry: Symmetry, outer: Space, inner: Space, positions: Int[np.ndarray, "units places"], place: Site
 ) -> Int[np.ndarray, " columns"] | None:
     """Which of an outer unit's places belong to units nested in it, the same for every outer unit; None if they differ.
@@ -283,7 +283,7 @@ def columns_of(
     return columns[0] if (columns == columns[0]).all() else None
 
 
-def degree_of(actions: Sequence[Action]) -> int:
+def _degree_of(actions: Sequence[Action]) -> int:
     """How many actions at most move one number of a tensor: actions at other places along the same axis count once."""
     layers: list[tuple[tuple[int, ...], set[int]]] = []
     for action in actions:
@@ -297,7 +297,7 @@ def degree_of(actions: Sequence[Action]) -> int:
     return len(layers)
 
 
-def act(tensor: Tensor, action: Action, move: Tensor | np.ndarray) -> Tensor:
+def _act(tensor: Tensor, action: Action, move: Tensor | np.ndarray) -> Tensor:
     """The tensor with one space moved at one place, by a matrix or by a vertex's indices."""
     transform = LinearMap(move, move.T) if isinstance(move, Tensor) else Permutation(move)
     # A gain is permuted as a vector is; between permutations, it is averaged as one.
@@ -314,19 +314,19 @@ def mix(
     return mixed
 
 
-def inner_nodes(degree: int) -> list[float]:
+def _inner_nodes(degree: int) -> list[float]:
     """Where between 0 and 1 a tensor of that degree has to be known beside what its ends tell."""
     return [index / (degree - 1) for index in range(1, degree - 1)]
 
 
-def conditions(degree: int) -> Float[np.ndarray, "known coefficients"]:
+def _conditions(degree: int) -> Float[np.ndarray, "known coefficients"]:
     """What the known tensors are in terms of a polynomial's coefficients."""
     powers = np.arange(degree + 1)
     value = [0.0**powers, *([(powers == 1).astype(float)] if degree > 1 else [])]
-    return np.stack([*value, *(t**powers for t in inner_nodes(degree)), np.ones(degree + 1)])
+    return np.stack([*value, *(t**powers for t in _inner_nodes(degree)), np.ones(degree + 1)])
 
 
-def products(
+def _products(
     moving: Sequence[Sequence[Tensor]], fixed: Sequence[Tensor]
 ) -> tuple[Float[np.ndarray, "terms terms"], Float[np.ndarray, " terms"], float]:
     """Inner products, summed over pairs of models, of what tensors are made of.
@@ -339,23 +339,23 @@ def products(
         Of terms of two moving models, symmetrised; of terms of a moving model with a fixed one; of two fixed ones.
     """
     terms = len(moving[0]) if moving else 0
-    sums = [summed(each) for each in zip(*moving, strict=True)]
+    sums = [_summed(each) for each in zip(*moving, strict=True)]
     between = np.zeros((terms, terms))
     if len(moving) > 1:
         for i in range(terms):
             for j in range(i, terms):
-                own = sum(inner(model[i], model[j]) for model in moving)
-                between[i, j] = between[j, i] = (inner(sums[i], sums[j]) - own) / 2
-    beside = np.array([inner(summed(fixed), term) for term in sums]) if fixed else np.zeros(terms)
-    constant = sum((inner(a, b) for index, a in enumerate(fixed) for b in fixed[:index]), 0.0)
+                own = sum(_inner(model[i], model[j]) for model in moving)
+                between[i, j] = between[j, i] = (_inner(sums[i], sums[j]) - own) / 2
+    beside = np.array([_inner(_summed(fixed), term) for term in sums]) if fixed else np.zeros(terms)
+    constant = sum((_inner(a, b) for index, a in enumerate(fixed) for b in fixed[:index]), 0.0)
     return between, beside, constant
 
 
-def summed(tensors: Sequence[Tensor]) -> Tensor:
+def _summed(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of tensors of one shape."""
     return functools.reduce(torch.add, tensors)
 
 
-def inner(a: Tensor, b: Tensor) -> float:
+def _inner(a: Tensor, b: Tensor) -> float:
     """The inner product, its terms added in float64."""
     return float((a * b).sum(dtype=torch.float64))

@@ -135,14 +135,14 @@ class Sinkhorn:
 
         def loss_at(state: State) -> Tensor:
             if batches is None or task is None:
-                return squared_distance(fixed, state, names)
+                return _squared_distance(fixed, state, names)
             t = 0.5
             if self.loss == "random":
                 t = float(torch.rand((), generator=generator))
             return task.at(combine([fixed, state], [1 - t, t]), batches.next())
 
         def step() -> bool:
-            maps = {name: doubly_stochastic(x, self.temperature, self.iterations) for name, x in latents.items()}
+            maps = {name: _doubly_stochastic(x, self.temperature, self.iterations) for name, x in latents.items()}
             loss = loss_at(move_softly(moved, maps, symmetry))
             leaves = list(latents.values())
             return follow(optimizer, leaves, gradients_of(loss, leaves))
@@ -150,12 +150,12 @@ class Sinkhorn:
         def judge(transforms: Sequence[Transforms]) -> float:
             state = move_state(moved, transforms[0], symmetry)
             if task is None:
-                return float(squared_distance(fixed, state, names))
+                return float(_squared_distance(fixed, state, names))
             places = LAMBDAS if self.loss == "random" else (0.5,)
             return sum(task.held_out(combine([fixed, state], [1 - t, t])) for t in places) / len(places)
 
         steps = max(1, round(self.steps * self.budget))
-        found = search([start], judge, step, lambda: [rounded(latents)], steps, "sinkhorn")
+        found = search([start], judge, step, lambda: [_rounded(latents)], steps, "sinkhorn")
         return Pair(
             found.transforms[0],
             -found.value if math.isfinite(found.value) else None,
@@ -164,7 +164,7 @@ class Sinkhorn:
         )
 
 
-def doubly_stochastic(latent: Float[Tensor, "copies size size"], temperature: float, iterations: int) -> LinearMap:
+def _doubly_stochastic(latent: Float[Tensor, "copies size size"], temperature: float, iterations: int) -> LinearMap:
     """Sinkhorn(X/τ) in log space; the last turn makes the sums of columns exactly one.
 
     Its transpose stands for the inverse, which it is where it is a permutation.
@@ -177,11 +177,11 @@ def doubly_stochastic(latent: Float[Tensor, "copies size size"], temperature: fl
     return LinearMap(matrix, matrix.transpose(1, 2))
 
 
-def rounded(latents: Mapping[str, Tensor]) -> dict[str, Transform]:
+def _rounded(latents: Mapping[str, Tensor]) -> dict[str, Transform]:
     """The permutations that gather most of the latent matrices."""
     return {name: Permutation(solve_laps(latent.detach().double().cpu().numpy())) for name, latent in latents.items()}
 
 
-def squared_distance(fixed: State, moved: State, names: frozenset[str]) -> Tensor:
+def _squared_distance(fixed: State, moved: State, names: frozenset[str]) -> Tensor:
     """Σ_W ‖W^A − W^B‖² over trained tensors, summed in float64."""
     return torch.stack([(fixed[name] - moved[name]).square().sum(dtype=torch.float64) for name in sorted(names)]).sum()

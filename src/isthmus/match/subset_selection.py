@@ -105,7 +105,7 @@ class SubsetSelection:
         paired = pairing(problem)
         chosen: dict[str, Selection] = {}
         if len(problem.models) > 1 and len(symmetry):
-            chosen = select_spaces(problem, paired, problem.moments(self.at))
+            chosen = _select_spaces(problem, paired, problem.moments(self.at))
         transforms: list[Mapping[str, Transform]] = []
         for index, permutations in enumerate(paired.transforms):
             found = dict(permutations)
@@ -131,7 +131,7 @@ class SubsetSelection:
         )
 
 
-def select_spaces(problem: Problem, paired: Alignment, moments: Moments) -> dict[str, Selection]:
+def _select_spaces(problem: Problem, paired: Alignment, moments: Moments) -> dict[str, Selection]:
     """The chosen units of every space that stands alone, last spaces first; in the models' own order of units."""
     symmetry = problem.symmetry
     layers = {layer.contraction.weight: layer for layer in layers_of(symmetry)}
@@ -139,12 +139,12 @@ def select_spaces(problem: Problem, paired: Alignment, moments: Moments) -> dict
     chosen: dict[str, Selection] = {}
     for space in progress(list(reversed(symmetry.spaces)), "selecting units"):
         alone = space.copies == 1 and space.parent is None and not symmetry.children(space)
-        if not alone or space.name not in moments.spaces or not resizable(symmetry, space):
+        if not alone or space.name not in moments.spaces or not _resizable(symmetry, space):
             continue
         # Every model's units in the order that the pairing gives them.
         orders = [torch.from_numpy(flat_indices(t, symmetry, space)) for t in paired.transforms]
         read = [
-            [next_layer(symmetry, layers, state, site, chosen, paired, index) for index, state in enumerate(states)]
+            [_next_layer(symmetry, layers, state, site, chosen, paired, index) for index, state in enumerate(states)]
             for site in space.sites
             if site.role == "covector"
         ]
@@ -156,7 +156,7 @@ def select_spaces(problem: Problem, paired: Alignment, moments: Moments) -> dict
         covariance = moments[space.name].covariance
         covariance = torch.stack([covariance[m][order] for m, order in enumerate(orders)])
         covariance = torch.stack([covariance[:, :, m][:, :, order] for m, order in enumerate(orders)], dim=2)
-        selection = select_units(covariance, consumers)
+        selection = _select_units(covariance, consumers)
         into, back = torch.empty_like(selection.into), torch.empty_like(selection.back)
         for m, order in enumerate(orders):
             into[m][:, order], back[m][order] = selection.into[m], selection.back[m]
@@ -164,14 +164,14 @@ def select_spaces(problem: Problem, paired: Alignment, moments: Moments) -> dict
     return chosen
 
 
-def resizable(symmetry: Symmetry, space: Space) -> bool:
+def _resizable(symmetry: Symmetry, space: Space) -> bool:
     """Whether no tensor is touched by the space at two places, where two linear maps would meet."""
     return all(
         sum(other.name == space.name for other, _ in symmetry.sites[site.parameter]) == 1 for site in space.sites
     )
 
 
-def next_layer(
+def _next_layer(
     symmetry: Symmetry,
     layers: Mapping[str, Layer],
     state: Mapping[str, Tensor],
@@ -199,7 +199,7 @@ def next_layer(
     return units[where].flatten(1)
 
 
-def select_units(
+def _select_units(
     covariance: Float[Tensor, "models units models units"], consumers: Float[Tensor, "models units features"]
 ) -> Selection:
     """Greedy column subset selection for one space.
@@ -218,24 +218,24 @@ def select_units(
     eye = torch.eye(units, dtype=K.dtype, device=K.device)
     means = torch.cat([eye / models] * models, dim=1)
     candidates = torch.cat([torch.eye(total, dtype=K.dtype, device=K.device), means])
-    picks = greedy_subset(candidates @ K @ candidates.T, root @ K @ candidates.T, units)
+    picks = _greedy_subset(candidates @ K @ candidates.T, root @ K @ candidates.T, units)
     # What is left adds nothing on the data: the means of pairs of which no unit was chosen come first.
     taken = {pick % units for pick in picks}
     spare = sorted(set(range(units)) - {pick - total for pick in picks}, key=lambda unit: unit in taken)
     picks += [total + unit for unit in spare[: units - len(picks)]]
     picks.sort(key=lambda pick: (pick % units, pick // units))
     chosen = candidates[picks]
-    back, unexplained = regress_units(K, read, chosen)
+    back, unexplained = _regress_units(K, read, chosen)
     kinds = torch.bincount(torch.tensor(picks) // units, minlength=models + 1).tolist()
     return Selection(
         chosen.reshape(units, models, units).transpose(0, 1).contiguous(),
         back.reshape(models, units, units),
         kinds,
-        (unexplained, regress_units(K, read, means)[1]),
+        (unexplained, _regress_units(K, read, means)[1]),
     )
 
 
-def greedy_subset(
+def _greedy_subset(
     covariance: Float[Tensor, "candidates candidates"], wanted: Float[Tensor, "targets candidates"], count: int
 ) -> list[int]:
     """Up to `count` candidates, each the one that explains most of what those before it leave open.
@@ -269,7 +269,7 @@ def greedy_subset(
     return picks
 
 
-def regress_units(
+def _regress_units(
     covariance: Float[Tensor, "units units"], read: Float[Tensor, "units units"], chosen: Float[Tensor, "merged units"]
 ) -> tuple[Float[Tensor, "units merged"], float]:
     """All units predicted from the chosen ones, and the share of what is read from them that stays unexplained."""

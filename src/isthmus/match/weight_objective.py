@@ -42,7 +42,7 @@ class Term:
         others: Other spaces' sites that change B's features: their order must be applied first.
         chain: Sites of the spaces that this one is nested in, at the same place.
         coupled: Whether a space nested beside this one shares the place, so that pairs of copies cannot be compared.
-        fixed: A's numbers as `lay` puts them; None until asked for.
+        fixed: A's numbers as `_lay` puts them; None until asked for.
         laid: B's numbers, not moved, in the same way; None until asked for.
         gram: The Gram matrix at `versions`; None until asked for.
         versions: What `gram` was made from.
@@ -164,7 +164,7 @@ class WeightObjective:
         versions = tuple(self.version[self.root[other.name]] for other, _ in term.others)
         if term.gram is None or versions != term.versions:
             if term.fixed is None:
-                term.fixed = lay(self.fixed[term.site.parameter].to(self.dtype), term.site, term.first or ())
+                term.fixed = _lay(self.fixed[term.site.parameter].to(self.dtype), term.site, term.first or ())
             features = term.fixed.flatten(0, -2)
             term.gram = (features.T @ self._moved_features(term, transforms)).cpu().numpy()
             term.versions = versions
@@ -177,9 +177,9 @@ class WeightObjective:
             tensor = tensor.to(self.dtype)
             for other, place in term.others:
                 tensor = move_site(tensor, place, transforms[other.name])
-            return lay(tensor, term.site, term.first or ()).flatten(0, -2)
+            return _lay(tensor, term.site, term.first or ()).flatten(0, -2)
         if term.laid is None:
-            term.laid = lay(tensor.to(self.dtype), term.site, term.first)
+            term.laid = _lay(tensor.to(self.dtype), term.site, term.first)
         laid = term.laid
         for other, place in term.others:
             transform = transforms[other.name]
@@ -222,7 +222,7 @@ class WeightObjective:
             for index, (space, place) in enumerate(sites):
                 transposed = tensor.ndim == 2 and any(key[0] == name for key in found)
                 if len(sites) > 1 and tensor.ndim > 1 and not transposed and self._unfolds(name, space, place):
-                    found[name, index] = singular_values(site_rows(tensor, place))
+                    found[name, index] = _singular_values(site_rows(tensor, place))
         return found
 
     def upper_bound(self, fixed: Spectra | None = None, moved: Spectra | None = None) -> float:
@@ -264,13 +264,13 @@ class WeightObjective:
         return apart and site.positions.size == site_length(shape, site)
 
 
-def singular_values(rows: Float[Tensor, "units features"]) -> Float[Tensor, " values"]:
+def _singular_values(rows: Float[Tensor, "units features"]) -> Float[Tensor, " values"]:
     """Singular values in descending order, from the smaller Gram matrix."""
     gram = rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
 
 
-def lay(tensor: Tensor, site: Site, first: Sequence[int]) -> Float[Tensor, "... units"]:
+def _lay(tensor: Tensor, site: Site, first: Sequence[int]) -> Float[Tensor, "... units"]:
     """A tensor's numbers at a site: dimensions `first`, a unit's places, all other dimensions, and last the units.
 
     Contiguous in memory, so that an order along one of the first dimensions moves whole rows. Units are those of all

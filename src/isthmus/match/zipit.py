@@ -99,13 +99,13 @@ class ZipIt:
         if models > 1 and len(symmetry):
             moments = problem.moments(self.at)
             samples = moments.samples
-            zipped = {space.name for space in zippable(symmetry)}
+            zipped = {space.name for space in _zippable(symmetry)}
             for root in progress(roots_of(symmetry), "zipping"):
                 if root.name not in zipped:
-                    value += match_family(symmetry, root, moments, transforms)
+                    value += _match_family(symmetry, root, moments, transforms)
                     continue
-                found = zip_units(correlations(moments[root.name]), models, self.budget_within, self.decay)
-                for index, transform in enumerate(transforms_of(found.slots)):
+                found = _zip_units(_correlations(moments[root.name]), models, self.budget_within, self.decay)
+                for index, transform in enumerate(_transforms_of(found.slots)):
                     transforms[index][root.name] = transform
                 value += found.value
                 within[root.name] = found.within
@@ -119,7 +119,7 @@ class ZipIt:
         )
 
 
-def zippable(symmetry: Symmetry) -> list[Space]:
+def _zippable(symmetry: Symmetry) -> list[Space]:
     """The spaces whose units can be merged at will: those that stand alone and scale no tensor twice.
 
     `into` carries the number of models; a tensor that moves by two such maps at the same place would carry its square.
@@ -130,19 +130,19 @@ def zippable(symmetry: Symmetry) -> list[Space]:
         vectors = [(space.name, site) for space, site in sites if site.role != "covector"]
         for number, (name, site) in enumerate(vectors):
             for other, place in vectors[:number]:
-                if meet(site, place):
+                if _meet(site, place):
                     names -= {name, other}
     return [space for space in alone if space.name in names]
 
 
-def meet(first: Site, second: Site) -> bool:
+def _meet(first: Site, second: Site) -> bool:
     """Whether two sites of one tensor move a common entry."""
     if first.dims != second.dims:
         return True
     return bool(np.intersect1d(first.positions, second.positions).size)
 
 
-def match_family(symmetry: Symmetry, root: Space, moments: Moments, transforms: list[dict[str, Transform]]) -> float:
+def _match_family(symmetry: Symmetry, root: Space, moments: Moments, transforms: list[dict[str, Transform]]) -> float:
     """Matches a family of nested spaces to model 0 by correlations, into `transforms`; the summed correlation."""
     leaves = [space for space in family_of(symmetry, root) if not symmetry.children(space)]
     value = 0.0
@@ -154,7 +154,7 @@ def match_family(symmetry: Symmetry, root: Space, moments: Moments, transforms: 
     return value
 
 
-def correlations(moments: SpaceMoments) -> Float[np.ndarray, "total total"]:
+def _correlations(moments: SpaceMoments) -> Float[np.ndarray, "total total"]:
     """Correlations of all units of all models; units that never vary are alike, and like no other."""
     models, units = moments.mean.shape
     covariance = moments.covariance.reshape(models * units, models * units)
@@ -166,7 +166,7 @@ def correlations(moments: SpaceMoments) -> Float[np.ndarray, "total total"]:
     return similarity.numpy()
 
 
-def zip_units(similarity: Float[np.ndarray, "total total"], models: int, budget_within: float, decay: float) -> Zip:
+def _zip_units(similarity: Float[np.ndarray, "total total"], models: int, budget_within: float, decay: float) -> Zip:
     """Merges the most similar pair of groups until there are as many as one model has units.
 
     Similarities never rise, so each row's largest entry, once found, bounds it from above: a row is looked through
@@ -220,10 +220,10 @@ def zip_units(similarity: Float[np.ndarray, "total total"], models: int, budget_
                 banned = (holds[among] & spent) @ holds[among].T
                 near[np.ix_(among, among)] -= BAN * ~banned
                 spent[model] = True
-    return Zip(slots_of(group.reshape(models, units)), float(value), within)
+    return Zip(_slots_of(group.reshape(models, units)), float(value), within)
 
 
-def slots_of(group: Int[np.ndarray, "models units"]) -> Int[np.ndarray, "models units"]:
+def _slots_of(group: Int[np.ndarray, "models units"]) -> Int[np.ndarray, "models units"]:
     """Slots of groups that are called by their lowest unit: that of model 0, or the next free one."""
     units = group.shape[1]
     names = np.unique(group)
@@ -233,7 +233,7 @@ def slots_of(group: Int[np.ndarray, "models units"]) -> Int[np.ndarray, "models 
     return np.vectorize(slot.__getitem__, otypes=[np.int64])(group)
 
 
-def transforms_of(slots: Int[np.ndarray, "models units"]) -> list[Transform]:
+def _transforms_of(slots: Int[np.ndarray, "models units"]) -> list[Transform]:
     """Every model's map: permutations where each merged unit is made of one unit a model."""
     models, units = slots.shape
     if all(len(set(row)) == units for row in slots.tolist()):

@@ -93,10 +93,10 @@ class Comparison:
             "|---|---|---|--:|--:|--:|--:|--:|",
         ]
         lines += [
-            f"| parent {index} | | | {share(score.accuracy)} | {score.loss:.4f} | | | |"
+            f"| parent {index} | | | {_share(score.accuracy)} | {score.loss:.4f} | | | |"
             for index, score in enumerate(self.parents)
         ]
-        lines.append(f"| ensemble | | | {share(self.ensemble.accuracy)} | {self.ensemble.loss:.4f} | | | |")
+        lines.append(f"| ensemble | | | {_share(self.ensemble.accuracy)} | {self.ensemble.loss:.4f} | | | |")
         for row in self.rows:
             start = f"| {row.method} | {row.average} | {row.repair} |"
             if row.note:
@@ -104,7 +104,7 @@ class Comparison:
                 continue
             memory = "–" if row.memory is None else f"{row.memory / 2**20:.0f} MiB"
             lines.append(
-                f"{start} {share(row.accuracy)} | {row.loss:.4f} | {row.barrier:.4f} | {row.seconds:.1f} | {memory} |"
+                f"{start} {_share(row.accuracy)} | {row.loss:.4f} | {row.barrier:.4f} | {row.seconds:.1f} | {memory} |"
             )
         return "\n".join(lines) + "\n"
 
@@ -159,22 +159,22 @@ def compare(
     mending = [each for each in repairs if each != "reset" or normalisation_layers(modules[0])]
     rows: list[Row] = []
     for method in progress(chosen, "comparing methods"):
-        found, matching = measured(partial(align, modules, symmetry, method, calibration, seed))
+        found, matching = _measured(partial(align, modules, symmetry, method, calibration, seed))
         for average in ways:
             made, averaging = found, Spent()
             if isinstance(found, Alignment):
-                made, averaging = measured(
+                made, averaging = _measured(
                     partial(merge, modules, found, average, data=calibration, base=base, seed=seed)
                 )
             for kind in mending:
                 row, mended, repairing = Row(spell(method), spell(average), kind), made, Spent()
                 if isinstance(made, nn.Module):
-                    mended, repairing = measured(partial(mend, made, kind, calibration, modules, found))
+                    mended, repairing = _measured(partial(_mend, made, kind, calibration, modules, found))
                 if not isinstance(mended, nn.Module):
                     rows.append(replace(row, note=str(mended)))
                 else:
                     spent = (matching, averaging, repairing)
-                    rows.append(score_row(row, evaluate(mended, data), parents, spent))
+                    rows.append(_score_row(row, evaluate(mended, data), parents, spent))
     return Comparison(parents, ensemble, tuple(rows))
 
 
@@ -186,9 +186,9 @@ def choose_methods(methods: Sequence[str | Match] | None, data: Any) -> list[Mat
     return [method for name, build in METHODS.items() if name != "auto" and (method := build()).needs in met]
 
 
-def measured(step: Callable[[], Any]) -> tuple[Any, "Spent"]:
+def _measured(step: Callable[[], Any]) -> tuple[Any, "Spent"]:
     """What a step returns, or the message of a deliberate error, which becomes the row's note; and what it took."""
-    with measuring() as spent:
+    with _measuring() as spent:
         try:
             found = step()
         except IsthmusError as error:
@@ -196,7 +196,7 @@ def measured(step: Callable[[], Any]) -> tuple[Any, "Spent"]:
     return found, spent
 
 
-def mend(merged: nn.Module, kind: str, calibration: Any, parents: Sequence[nn.Module], found: Alignment) -> nn.Module:
+def _mend(merged: nn.Module, kind: str, calibration: Any, parents: Sequence[nn.Module], found: Alignment) -> nn.Module:
     """The merged model, repaired.
 
     Raises:
@@ -209,7 +209,7 @@ def mend(merged: nn.Module, kind: str, calibration: Any, parents: Sequence[nn.Mo
     return repair(merged, calibration, kind, parents=parents, alignment=found)
 
 
-def score_row(start: Row, score: Score, parents: Sequence[Score], spent: Sequence["Spent"]) -> Row:
+def _score_row(start: Row, score: Score, parents: Sequence[Score], spent: Sequence["Spent"]) -> Row:
     """A row with its figures."""
     mean_loss = sum(parent.loss for parent in parents) / len(parents)
     accuracies = [parent.accuracy for parent in parents if parent.accuracy is not None]
@@ -237,14 +237,14 @@ class Spent:
 
 
 @contextmanager
-def measuring() -> Iterator[Spent]:
+def _measuring() -> Iterator[Spent]:
     """Measures the time and, on Linux, the memory that its body takes."""
-    spent, start, before = Spent(), time.perf_counter(), resident_bytes()
+    spent, start, before = Spent(), time.perf_counter(), _resident_bytes()
     peak, done = [before or 0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.02):
-            peak[0] = max(peak[0], resident_bytes() or 0)
+            peak[0] = max(peak[0], _resident_bytes() or 0)
 
     watcher = threading.Thread(target=watch, daemon=True) if before is not None else None
     if watcher:
@@ -256,12 +256,12 @@ def measuring() -> Iterator[Spent]:
         if watcher:
             watcher.join()
         spent.seconds = time.perf_counter() - start
-        after = resident_bytes()
+        after = _resident_bytes()
         if before is not None and after is not None:
             spent.memory = max(0, max(peak[0], after) - before)
 
 
-def resident_bytes() -> int | None:
+def _resident_bytes() -> int | None:
     """The process's resident memory, or None where the system does not tell."""
     status = Path("/proc/self/statm")
     if not status.exists():
@@ -270,6 +270,6 @@ def resident_bytes() -> int | None:
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def share(value: float | None) -> str:
+def _share(value: float | None) -> str:
     """A share as text."""
     return "–" if value is None else f"{100 * value:.2f} %"

@@ -39,22 +39,22 @@ class Curve:
     @property
     def barrier(self) -> float:
         """Largest rise of the loss above the straight line between its ends, over all λ."""
-        return barrier_of(self.lambdas, self.losses)
+        return _barrier_of(self.lambdas, self.losses)
 
     @property
     def error_barrier(self) -> float:
         """Largest rise of the error (1 − accuracy) above the straight line between its ends, over all λ."""
-        return barrier_of(self.lambdas, [1 - a for a in self.accuracies])
+        return _barrier_of(self.lambdas, [1 - a for a in self.accuracies])
 
     @property
     def midpoint_barrier(self) -> float:
         """The rise of the loss above its ends' mean at λ = ½, which some papers tabulate; NaN if ½ was not measured."""
-        return rise_at_half(self.lambdas, self.losses)
+        return _rise_at_half(self.lambdas, self.losses)
 
     @property
     def midpoint_error_barrier(self) -> float:
         """The rise of the error above its ends' mean at λ = ½; NaN if ½ was not measured."""
-        return rise_at_half(self.lambdas, [1 - a for a in self.accuracies])
+        return _rise_at_half(self.lambdas, [1 - a for a in self.accuracies])
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain JSON values."""
@@ -62,14 +62,14 @@ class Curve:
         return {**vars(self), **{name: getattr(self, name) for name in barriers}}
 
 
-def barrier_of(lambdas: Any, values: Any) -> float:
+def _barrier_of(lambdas: Any, values: Any) -> float:
     """Largest rise of `values` above the straight line between first and last; NaN if there are none or one is NaN."""
     if not len(values) or any(map(math.isnan, values)):
         return float("nan")
     return max(v - ((1 - x) * values[0] + x * values[-1]) for x, v in zip(lambdas, values, strict=True))
 
 
-def rise_at_half(lambdas: Any, values: Any) -> float:
+def _rise_at_half(lambdas: Any, values: Any) -> float:
     """The rise of `values` at ½ above the mean of the first and the last; NaN where there is none."""
     if not len(values) or 0.5 not in lambdas:
         return float("nan")

@@ -47,12 +47,12 @@ class CycleError:
     @property
     def share_lost(self) -> float:
         """The mean share of units lost, over triangles and spaces; NaN where nothing is a permutation."""
-        return mean_of(self.lost)
+        return _mean_of(self.lost)
 
     @property
     def distance(self) -> float:
         """The mean distance from the identity, over triangles and spaces; NaN where nothing can move."""
-        return mean_of(self.distances)
+        return _mean_of(self.distances)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain JSON values; what was not measured is None."""
@@ -66,7 +66,7 @@ class CycleError:
         }
 
 
-def mean_of(values: Mapping[str, Sequence[float]]) -> float:
+def _mean_of(values: Mapping[str, Sequence[float]]) -> float:
     """The mean of all values; NaN if there are none."""
     every = list(itertools.chain.from_iterable(values.values()))
     return math.fsum(every) / len(every) if every else float("nan")
@@ -116,11 +116,11 @@ def cycle_error(
         around = compose(found[c, a], compose(found[b, c], found[a, b], symmetry), symmetry)
         for space in symmetry:
             if isinstance(around[space.name], Permutation):
-                share = share_lost(around, symmetry, space)
+                share = _share_lost(around, symmetry, space)
                 lost.setdefault(space.name, []).append(share)
                 distances.setdefault(space.name, []).append(math.sqrt(2 * share))
             else:
-                distances.setdefault(space.name, []).append(distance_from_identity(around, symmetry, space))
+                distances.setdefault(space.name, []).append(_distance_from_identity(around, symmetry, space))
     return CycleError(
         name,
         triangles,
@@ -129,13 +129,13 @@ def cycle_error(
     )
 
 
-def share_lost(transforms: Transforms, symmetry: Symmetry, space: Space) -> float:
+def _share_lost(transforms: Transforms, symmetry: Symmetry, space: Space) -> float:
     """The share of a space's units, over all copies, that a permutation does not leave in their place."""
     where = flat_indices(transforms, symmetry, space)
     return float(np.mean(where != np.arange(len(where))))
 
 
-def distance_from_identity(transforms: Transforms, symmetry: Symmetry, space: Space) -> float:
+def _distance_from_identity(transforms: Transforms, symmetry: Symmetry, space: Space) -> float:
     """‖T − I‖_F / √n of a space's linear map, over the units of all copies, with its parents' moves included."""
     into = as_matrix(transforms[space.name]).into.double()
     copies, _, units = into.shape

@@ -57,23 +57,23 @@ class Simplex:
     @property
     def barrier(self) -> float:
         """Largest rise of the loss above the vertices' own losses, mixed as the weights are, over all places."""
-        return largest(rises_of(self.coefficients, self.losses))
+        return _largest(_rises_of(self.coefficients, self.losses))
 
     @property
     def error_barrier(self) -> float:
         """Largest rise of the error (1 − accuracy) above the vertices' own errors, mixed as the weights are."""
-        return largest(rises_of(self.coefficients, [1 - a for a in self.accuracies]))
+        return _largest(_rises_of(self.coefficients, [1 - a for a in self.accuracies]))
 
     @property
     def centre_barrier(self) -> float:
         """The rise of the loss at the centre above the vertices' mean."""
-        rises = rises_of(self.coefficients, self.losses)
+        rises = _rises_of(self.coefficients, self.losses)
         return rises[self.centre] if rises else float("nan")
 
     @property
     def centre_error_barrier(self) -> float:
         """The rise of the error at the centre above the vertices' mean; NaN where targets are no classes."""
-        rises = rises_of(self.coefficients, [1 - a for a in self.accuracies])
+        rises = _rises_of(self.coefficients, [1 - a for a in self.accuracies])
         return rises[self.centre] if rises else float("nan")
 
     def edge(self, a: int, b: int) -> Curve:
@@ -132,7 +132,7 @@ class Plane:
 
     def coefficients(self, x: float, y: float) -> tuple[float, ...]:
         """The c_m of the weights Σ c_m W_m at a point; they sum to one, and some are below 0 outside the triangle."""
-        return barycentric(self.models, x, y)
+        return _barycentric(self.models, x, y)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain JSON values."""
@@ -191,7 +191,7 @@ def walk_simplex(
     check_data(data)
     modules = as_modules(models, module)
     mending = check_mending(modules[0], repair, calibration)
-    places = triangle_grid(points or EDGE_POINTS) if len(models) == 3 else face_centres(len(models))
+    places = _triangle_grid(points or EDGE_POINTS) if len(models) == 3 else _face_centres(len(models))
     scores = [
         score_merged(modules, place, data, calibration if mending else None, loss=loss)
         for place in progress(places, "walking the simplex")
@@ -206,7 +206,7 @@ def walk_simplex(
     )
 
 
-def triangle_grid(points: int) -> list[tuple[float, ...]]:
+def _triangle_grid(points: int) -> list[tuple[float, ...]]:
     """The barycentric grid of a triangle with so many places an edge, row by row from model 0, then its centre.
 
     The centre is a place of the grid itself if `points` − 1 is a multiple of three, and is not repeated then.
@@ -217,14 +217,14 @@ def triangle_grid(points: int) -> list[tuple[float, ...]]:
     return places if steps % 3 == 0 else [*places, (1 / 3, 1 / 3, 1 / 3)]
 
 
-def face_centres(models: int) -> list[tuple[float, ...]]:
+def _face_centres(models: int) -> list[tuple[float, ...]]:
     """The vertices, the middles of all edges, the centres of all triangles, and the centre of all models."""
     faces = [face for size in (1, 2, 3) for face in itertools.combinations(range(models), size)]
     faces += [tuple(range(models))] if models > 3 else []
     return [tuple(1 / len(face) if m in face else 0.0 for m in range(models)) for face in faces]
 
 
-def rises_of(coefficients: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
+def _rises_of(coefficients: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
     """How far the value of every place lies above the vertices' own, mixed with its coefficients; [] without values."""
     if not values:
         return []
@@ -235,7 +235,7 @@ def rises_of(coefficients: Sequence[Sequence[float]], values: Sequence[float]) -
     ]
 
 
-def largest(rises: Sequence[float]) -> float:
+def _largest(rises: Sequence[float]) -> float:
     """The largest rise; NaN if there are none or one is NaN."""
     return float("nan") if not rises or any(map(math.isnan, rises)) else max(rises)
 
@@ -283,11 +283,11 @@ def walk_plane(
     check_data(data)
     modules = as_modules(models, module)
     mending = check_mending(modules[0], "reset", calibration)
-    corners = plane_coordinates(modules)
-    x, y = (grid_lines([corner[axis] for corner in corners], points, margin) for axis in (0, 1))
+    corners = _plane_coordinates(modules)
+    x, y = (_grid_lines([corner[axis] for corner in corners], points, margin) for axis in (0, 1))
     scores = []
     for row, column in progress(list(itertools.product(y, x)), "walking the plane"):
-        merged = merge(modules, None, "mean", barycentric(corners, column, row))
+        merged = merge(modules, None, "mean", _barycentric(corners, column, row))
         if mending:
             reset_statistics(merged, calibration)
         scores.append(evaluate(merged, data, loss=loss))
@@ -302,14 +302,14 @@ def walk_plane(
     )
 
 
-def plane_coordinates(modules: Sequence[nn.Module]) -> tuple[tuple[float, float], ...]:
+def _plane_coordinates(modules: Sequence[nn.Module]) -> tuple[tuple[float, float], ...]:
     """The coordinates of A, B and C in their plane: (0, 0), (‖B − A‖, 0), and C's part along B − A and across it.
 
     Raises:
         InputError: The models lie on one line, as far as their precision can tell.
         ModelError: They have no parameters.
     """
-    a, b, c = (parameter_vector(module) for module in modules)
+    a, b, c = (_parameter_vector(module) for module in modules)
     u, w = b - a, c - a
     width = float(u.norm())
     along = float(w @ u) / width if width else 0.0
@@ -322,7 +322,7 @@ def plane_coordinates(modules: Sequence[nn.Module]) -> tuple[tuple[float, float]
     return (0.0, 0.0), (width, 0.0), (along, height)
 
 
-def parameter_vector(module: nn.Module) -> Float[Tensor, " parameters"]:
+def _parameter_vector(module: nn.Module) -> Float[Tensor, " parameters"]:
     """All trained parameters in one float64 vector, tied ones once.
 
     Raises:
@@ -334,7 +334,7 @@ def parameter_vector(module: nn.Module) -> Float[Tensor, " parameters"]:
     return torch.cat(parts)
 
 
-def grid_lines(through: Sequence[float], points: int, margin: float) -> tuple[float, ...]:
+def _grid_lines(through: Sequence[float], points: int, margin: float) -> tuple[float, ...]:
     """About `points` evenly spaced places from end to end, margins included, with the places in `through` among them.
 
     An even place that lies within half a step of one in `through` gives way to it, unless it is an end.
@@ -346,7 +346,7 @@ def grid_lines(through: Sequence[float], points: int, margin: float) -> tuple[fl
     return tuple(sorted({even[0], *inner, even[-1], *through}))
 
 
-def barycentric(corners: Sequence[tuple[float, float]], x: float, y: float) -> tuple[float, ...]:
+def _barycentric(corners: Sequence[tuple[float, float]], x: float, y: float) -> tuple[float, ...]:
     """The c_m with Σ c_m = 1 for which (x, y) = Σ c_m · corner m, for corners (0, 0), (width, 0), (along, height)."""
     _, (width, _), (along, height) = corners
     third = y / height

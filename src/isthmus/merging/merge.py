@@ -101,7 +101,7 @@ def merge(
     merged |= {alias: merged[name] for alias, name in tied_names(architecture).items() if name in merged}
     undefined -= aligned.measured
     merged |= {name: torch.ones_like(merged[name]) for name in undefined}
-    result = finish(architecture, merged, needs_repair=bool(undefined))
+    result = _finish(architecture, merged, needs_repair=bool(undefined))
     result.statistics_measured = running_statistics(result) <= aligned.measured  # type: ignore[assignment]
     return result
 
@@ -117,7 +117,7 @@ def variances_met(transforms: Transforms, symmetry: Symmetry) -> list[str]:
     ]
 
 
-def finish(architecture: nn.Module, merged: Mapping[str, Tensor], needs_repair: bool) -> nn.Module:
+def _finish(architecture: nn.Module, merged: Mapping[str, Tensor], needs_repair: bool) -> nn.Module:
     """A copy of the architecture with the merged tensors, in its own dtypes, in `eval()`."""
     # Some networks keep what they made of their weights for the next run in `eval()`; `train()` makes them forget it.
     model = copy.deepcopy(architecture).train().eval()

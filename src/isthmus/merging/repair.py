@@ -84,7 +84,7 @@ def repair(
             raise InputError(
                 f"{len(parents)} parents, but the alignment holds {len(alignment)}: give the merged models"
             )
-        mended = rescale(merged, data, as_modules(parents, merged), alignment, coefficients)
+        mended = _rescale(merged, data, as_modules(parents, merged), alignment, coefficients)
     mended.needs_repair = False  # type: ignore[assignment]
     return mended
 
@@ -108,7 +108,7 @@ class Point:
     bias: str | None
 
 
-def rescale(
+def _rescale(
     merged: nn.Module,
     data: Any,
     parents: Sequence[nn.Module],
@@ -128,7 +128,7 @@ def rescale(
             "REPAIR measures the moved parents, and under linear maps they do not compute what they did: use "
             "method='reset'"
         )
-    points = rescaling_points(symmetry)
+    points = _rescaling_points(symmetry)
     mended.gained_biases = []  # type: ignore[assignment]
     if not points:
         return mended
@@ -139,15 +139,15 @@ def rescale(
         if alignment is not None:
             state = move_state(alignment.prepared(state, index), alignment.transforms[index], symmetry)
         measured = Statistics(points)
-        run(symmetry, state, data, measured, "measuring a parent")
+        _run(symmetry, state, data, measured, "measuring a parent")
         for point in points:
             mean, deviation = measured.of(point)
             weight = weights.of(point.weight)[index]
             means[point.node] = means.get(point.node, 0.0) + weight * mean
             deviations[point.node] = deviations.get(point.node, 0.0) + weight * deviation
     own = Statistics(points, {p.node: (means[p.node], deviations[p.node]) for p in points})
-    run(symmetry, mended.state_dict(), data, own, "rescaling")
-    fold(mended, points, own, means, deviations)
+    _run(symmetry, mended.state_dict(), data, own, "rescaling")
+    _fold(mended, points, own, means, deviations)
     # Rescaled BatchNorms make up for what changed before them; all others are measured behind it.
     rescaled = {point.weight for point in points}
     layers = set(normalisation_layers(mended))
@@ -156,7 +156,7 @@ def rescale(
     return mended
 
 
-def rescaling_points(symmetry: Symmetry) -> list[Point]:
+def _rescaling_points(symmetry: Symmetry) -> list[Point]:
     """Where hidden units are rescaled: at every BatchNorm that can take it, and at products with a parameter.
 
     A product that only a BatchNorm reads is left out, since that normalises it anyway.
@@ -207,7 +207,7 @@ class Statistics:
         if self.targets is None:
             return None
         target_mean, target_deviation = self.targets[node]
-        scale = scale_between(variance.sqrt(), target_deviation)
+        scale = _scale_between(variance.sqrt(), target_deviation)
         shape = [1] * value.ndim
         shape[self.points[node].channel] = -1
         shift = target_mean - scale * mean
@@ -219,28 +219,28 @@ class Statistics:
         return mean, (square - mean.square()).clamp_min(0).sqrt()
 
 
-def scale_between(deviation: Tensor, target: Tensor) -> Tensor:
+def _scale_between(deviation: Tensor, target: Tensor) -> Tensor:
     """The factor that turns one standard deviation into another; 1 for units that never vary."""
     alive = deviation > DEAD * deviation.max().clamp_min(torch.finfo(torch.float64).tiny)
     return torch.where(alive, target / deviation.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
 
 
-def run(symmetry: Symmetry, state: Mapping[str, Tensor], data: Any, statistics: Statistics, what: str) -> None:
+def _run(symmetry: Symmetry, state: Mapping[str, Tensor], data: Any, statistics: Statistics, what: str) -> None:
     """Runs the graph on all data with `statistics` watching."""
     program: Program = symmetry.program.program
     reference = first_float(state)
     for batch in progress(read_batches(data), what, data):
         batch: Batch = batch.to(reference.device, reference.dtype)
-        observers = {node: watching(statistics, node) for node in statistics.points}
+        observers = {node: _watching(statistics, node) for node in statistics.points}
         Reader(program_for(program, batch), observers).read(state, batch.clone())
 
 
-def watching(statistics: Statistics, node: str) -> Any:
+def _watching(statistics: Statistics, node: str) -> Any:
     """An observer for one node."""
     return lambda value: statistics.observe(node, value)
 
 
-def fold(
+def _fold(
     model: nn.Module,
     points: Sequence[Point],
     measured: Statistics,
@@ -253,21 +253,21 @@ def fold(
     with torch.no_grad():
         for point in points:
             mean, deviation = measured.of(point)
-            scale = scale_between(deviation, deviations[point.node])
+            scale = _scale_between(deviation, deviations[point.node])
             shift = means[point.node] - scale * mean
             weight = tensors[point.weight]
             shape = [1] * weight.ndim
             shape[point.channel_of_weight] = -1
             weight.copy_(weight.double() * scale.view(shape))
             if point.bias is None:
-                gained.append(gain_bias(model, point.weight, shift.to(weight.dtype)))
+                gained.append(_gain_bias(model, point.weight, shift.to(weight.dtype)))
             else:
                 bias = tensors[point.bias]
                 bias.copy_(bias.double() * scale + shift)
     model.gained_biases = gained  # type: ignore[assignment]
 
 
-def gain_bias(model: nn.Module, weight: str, values: Float[Tensor, " units"]) -> str:
+def _gain_bias(model: nn.Module, weight: str, values: Float[Tensor, " units"]) -> str:
     """Gives the layer of a weight a bias, and returns its name.
 
     Raises:

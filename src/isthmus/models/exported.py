@@ -37,12 +37,12 @@ def build(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     except Exception as error:  # a damaged archive can raise anything
         told = one_line(error)[:200]
         raise ModelError(f"model {spec!r}: {name!r} cannot be read as an exported program ({told})") from error
-    if trains := next((node for node in module.graph.nodes if is_training(node)), None):
+    if trains := next((node for node in module.graph.nodes if _is_training(node)), None):
         raise ModelError(
             f"model {spec!r}: {trains.name} runs in training mode; export the model again after model.eval()"
         )
-    tie_shared(module)
-    copy_leaves_quietly()
+    _tie_shared(module)
+    _copy_leaves_quietly()
     for method in ("train", "eval"):  # these only refuse; no operation of the graph depends on the mode
         vars(module).pop(method, None)
     if program.example_inputs is not None:
@@ -50,7 +50,7 @@ def build(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     return module.eval()
 
 
-def tie_shared(module: nn.Module) -> None:
+def _tie_shared(module: nn.Module) -> None:
     """Makes one tensor again of those that share all their memory: files keep what was tied as several views of it."""
     first: dict[tuple[object, ...], torch.Tensor] = {}
     for part in module.modules():
@@ -62,7 +62,7 @@ def tie_shared(module: nn.Module) -> None:
                 own[name] = first.setdefault(key, tensor)  # pyright: ignore[reportArgumentType]
 
 
-def copy_leaves_quietly() -> None:
+def _copy_leaves_quietly() -> None:
     """Makes copies of a graph module share the objects that stand for leaves of its inputs.
 
     They are all alike, and copying one in the usual way warns of a deprecated class of torch's own.
@@ -72,7 +72,7 @@ def copy_leaves_quietly() -> None:
         copyreg.pickle(leaf, lambda _: (pytree.tree_structure, (0,)))  # pyright: ignore[reportArgumentType]
 
 
-def is_training(node: fx.Node) -> bool:
+def _is_training(node: fx.Node) -> bool:
     """Whether a node runs an operation, such as dropout or a norm, in its training mode."""
     if not isinstance(node.target, OpOverload):
         return False

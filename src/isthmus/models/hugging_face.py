@@ -51,24 +51,24 @@ def build(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     if arguments:
         raise ModelError(f"model {spec!r}: a folder takes no arguments; write {next(iter(arguments))} in its {CONFIG}")
-    transformers = import_transformers(spec)
-    config = read_config(transformers, spec, name)
-    kind = find_class(transformers, config)
-    for part in (config, *sub_configs(config)):
+    transformers = _import_transformers(spec)
+    config = _read_config(transformers, spec, name)
+    kind = _find_class(transformers, config)
+    for part in (config, *_sub_configs(config)):
         if getattr(part, "use_cache", None):
             part.use_cache = False
 
     def create() -> nn.Module:
         model = transformers.AutoModel.from_config(config) if kind is None else kind._from_config(config)
         if getattr(config, "_experts_implementation", None) == "grouped_mm":
-            choose_experts(model)
+            _choose_experts(model)
         return model
 
-    with quiet(transformers):
+    with _quiet(transformers):
         return build_from(spec, create, {})
 
 
-def import_transformers(spec: str) -> Any:
+def _import_transformers(spec: str) -> Any:
     """Returns the package.
 
     Raises:
@@ -84,7 +84,7 @@ def import_transformers(spec: str) -> Any:
         raise ModelError(f"model {spec!r}: importing transformers failed: {one_line(error)}") from error
 
 
-def read_config(transformers: Any, spec: str, folder: str) -> Any:
+def _read_config(transformers: Any, spec: str, folder: str) -> Any:
     """Returns the configuration in a folder, read without network and without running its code.
 
     Raises:
@@ -94,7 +94,7 @@ def read_config(transformers: Any, spec: str, folder: str) -> Any:
     if not path.is_file():
         raise ModelError(f"model {spec!r}: there is no file {str(path)!r}; give the folder of a Hugging Face model")
     try:
-        with quiet(transformers):
+        with _quiet(transformers):
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a configuration may be wrong in any way
         told = one_line(error)[:200]
@@ -104,7 +104,7 @@ def read_config(transformers: Any, spec: str, folder: str) -> Any:
         ) from error
 
 
-def find_class(transformers: Any, config: Any) -> Any:
+def _find_class(transformers: Any, config: Any) -> Any:
     """Returns the first class of models among a configuration's `architectures` that transformers has, or None."""
     for name in getattr(config, "architectures", None) or ():
         kind = getattr(transformers, name, None)
@@ -113,12 +113,12 @@ def find_class(transformers: Any, config: Any) -> Any:
     return None
 
 
-def sub_configs(config: Any) -> list[Any]:
+def _sub_configs(config: Any) -> list[Any]:
     """Returns the configurations inside a configuration, as those of a text and an image encoder."""
     return [part for part in vars(config).values() if hasattr(part, "to_dict") and hasattr(part, "model_type")]
 
 
-def choose_experts(model: Any) -> None:
+def _choose_experts(model: Any) -> None:
     """Replaces grouped products of experts by an implementation that can be captured, where there is one."""
     for name in EXPERTS:
         try:
@@ -129,7 +129,7 @@ def choose_experts(model: Any) -> None:
 
 
 @contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
+def _quiet(transformers: Any) -> Iterator[None]:
     """The block reports nothing and shows no bars: what it finds wrong is raised here instead."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -168,9 +168,9 @@ def check_config(model: nn.Module, folder: str) -> None:
         ModelError: the configurations differ in more than bookkeeping and rates of dropout.
     """
     transformers = sys.modules["transformers"]
-    theirs = read_config(transformers, f"hf:{folder}", folder).to_dict()
+    theirs = _read_config(transformers, f"hf:{folder}", folder).to_dict()
     own: dict[str, Any] = getattr(model, "config").to_dict()  # noqa: B009 (transformers' attribute, unknown to nn.Module)
-    differing = list(differences(own, theirs))
+    differing = list(_differences(own, theirs))
     if differing:
         shown = ", ".join(f"{key} is {b!r} for {a!r}" for key, a, b in differing[:3])
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -180,14 +180,14 @@ def check_config(model: nn.Module, folder: str) -> None:
         )
 
 
-def differences(own: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differences(own: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yields every setting that differs between two configurations and may matter: its name and both values."""
     for key in sorted(own.keys() | theirs.keys()):
         a, b = own.get(key), theirs.get(key)
         if key in BOOKKEEPING or key.endswith(TRAINING_ONLY) or a == b:
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from differences(a, b, f"{path}{key}.")
+            yield from _differences(a, b, f"{path}{key}.")
         else:
             yield f"{path}{key}", a, b
 
@@ -204,7 +204,7 @@ def from_file_names(state: Mapping[str, Tensor], model: nn.Module, where: str) -
     transformers = sys.modules["transformers"]
     config = getattr(model, "config")  # noqa: B009
     try:
-        with quiet(transformers), torch.random.fork_rng([]):
+        with _quiet(transformers), torch.random.fork_rng([]):
             loaded, told = type(model).from_pretrained(  # pyright: ignore[reportAttributeAccessIssue]
                 None, config=config, state_dict=dict(state), output_loading_info=True
             )
@@ -227,7 +227,7 @@ def from_file_names(state: Mapping[str, Tensor], model: nn.Module, where: str) -
 def save_weights(model: nn.Module, folder: Path) -> None:
     """Writes a model's weights as transformers itself does, under the names that its files have."""
     transformers = sys.modules["transformers"]
-    with quiet(transformers):
+    with _quiet(transformers):
         model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
 
 
@@ -250,11 +250,11 @@ def example_inputs(model: nn.Module, samples: int, generator: torch.Generator) -
         wanted.append("decoder_input_ids")
     taken = inspect.signature(model.forward).parameters
     makers = {
-        "input_ids": tokens,
-        "decoder_input_ids": tokens,
-        "pixel_values": pixels,
-        "input_features": spectrogram,
-        "input_values": waveform,
+        "input_ids": _tokens,
+        "decoder_input_ids": _tokens,
+        "pixel_values": _pixels,
+        "input_features": _spectrogram,
+        "input_values": _waveform,
     }
     names = [name for name in dict.fromkeys(wanted) if isinstance(name, str) and name in makers and name in taken]
     found = {name: makers[name](config, samples, generator) for name in names}
@@ -262,7 +262,7 @@ def example_inputs(model: nn.Module, samples: int, generator: torch.Generator) -
     return [usable, {main: usable[main]}] if main in usable and len(usable) > 1 else [usable] if usable else []
 
 
-def tokens(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
+def _tokens(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
     """Returns random tokens [samples, length]; None where the configuration has no vocabulary."""
     try:
         text = config.get_text_config()
@@ -272,7 +272,7 @@ def tokens(config: Any, samples: int, generator: torch.Generator) -> Tensor | No
     if not isinstance(vocabulary, int):
         return None
     special = set()
-    for part in (config, *sub_configs(config)):
+    for part in (config, *_sub_configs(config)):
         for key, value in part.to_dict().items():
             if key.endswith(("token_id", "token_index")):
                 special.update(value if isinstance(value, list) else [value])
@@ -283,7 +283,7 @@ def tokens(config: Any, samples: int, generator: torch.Generator) -> Tensor | No
     return plain[torch.randint(len(plain), (samples, length), generator=generator)]
 
 
-def pixels(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
+def _pixels(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
     """Returns a random image [samples, channels, height, width] of the size in the configuration."""
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None) or 224
@@ -292,7 +292,7 @@ def pixels(config: Any, samples: int, generator: torch.Generator) -> Tensor | No
     return torch.randn(samples, channels, *size, generator=generator)
 
 
-def spectrogram(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
+def _spectrogram(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
     """Returns random features [samples, bins, frames] of a recording; None where their sizes are not given."""
     bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
     if not isinstance(bins, int) or not isinstance(frames, int):
@@ -300,7 +300,7 @@ def spectrogram(config: Any, samples: int, generator: torch.Generator) -> Tensor
     return torch.randn(samples, bins, 2 * frames, generator=generator)
 
 
-def waveform(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
+def _waveform(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
     """Returns a random recording [samples, length], long enough for a few frames of a convolutional encoder."""
     length = FRAMES
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)

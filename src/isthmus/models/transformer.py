@@ -69,7 +69,7 @@ class Attention(nn.Module):
         )
         if self.cosines is not None and self.sines is not None:
             cosines, sines = self.cosines[:tokens], self.sines[:tokens]
-            q_BHTK, k_BHTK = turn(q_BHTK, cosines, sines), turn(k_BHTK, cosines, sines)
+            q_BHTK, k_BHTK = _turn(q_BHTK, cosines, sines), _turn(k_BHTK, cosines, sines)
         scores_BHTT = (q_BHTK / math.sqrt(units)) @ k_BHTK.transpose(2, 3)
         if self.mask is not None:
             scores_BHTT = scores_BHTT.masked_fill(self.mask[:tokens, :tokens], -math.inf)
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         return self.output(read_BHTK.transpose(1, 2).flatten(2))
 
 
-def turn(
+def _turn(
     x_BHTK: Float[Tensor, "batch heads tokens units"],
     cosines: Float[Tensor, "tokens half"],
     sines: Float[Tensor, "tokens half"],
@@ -88,7 +88,7 @@ def turn(
 
 
 def rotations(tokens: int, units: int) -> tuple[Float[Tensor, "tokens half"], Float[Tensor, "tokens half"]]:
-    """Returns cosines and sines of every position's angles, by which `turn` turns `units` units.
+    """Returns cosines and sines of every position's angles, by which `_turn` turns `units` units.
 
     Source: Su et al. 2021, RoFormer (arXiv 2104.09864).
     """

@@ -57,7 +57,7 @@ def collect(
     check_data(data)
     modules = as_modules(models)
     symmetry = symmetry_of(modules[0], symmetry, inputs, data)
-    found, samples = read_spaces(modules, [symmetry] * len(modules), data, at)
+    found, samples = _read_spaces(modules, [symmetry] * len(modules), data, at)
     return Moments({name: joint.of_one_size() for name, joint in found.items()}, at, samples)
 
 
@@ -82,7 +82,7 @@ def collect_joint(
     """
     check_at(at)
     check_data(data)
-    return read_spaces(models, symmetries, data, at)
+    return _read_spaces(models, symmetries, data, at)
 
 
 def check_at(at: str) -> None:
@@ -95,7 +95,7 @@ def check_at(at: str) -> None:
         raise InputError(f"at={at!r}: activations are read at 'post' or 'pre'")
 
 
-def read_spaces(
+def _read_spaces(
     models: Sequence[nn.Module], symmetries: Sequence[Symmetry], data: Any, at: str
 ) -> tuple[dict[str, JointMoments], int]:
     """The moments of every space that can be read, all models side by side, and the number of inputs read.
@@ -103,7 +103,7 @@ def read_spaces(
     Raises:
         SymmetryError: A space is read at other places in one model than in another.
     """
-    readings = [readings_by_node(symmetry, at) for symmetry in symmetries]
+    readings = [_readings_by_node(symmetry, at) for symmetry in symmetries]
     states = [dict(model.state_dict()) for model in models]
     references = [first_float(state) for state in states]
     read = {reading.space for found in readings[0].values() for _, reading in found}
@@ -119,7 +119,7 @@ def read_spaces(
         rows: dict[tuple[str, int], list[Tensor]] = {}
         for state, reference, symmetry, found in zip(states, references, symmetries, readings, strict=True):
             own = batch.to(reference.device, reference.dtype).clone()
-            observers = {node: observer(here, rows) for node, here in found.items()}
+            observers = {node: _observer(here, rows) for node, here in found.items()}
             Reader(program_for(symmetry.program.program, own), observers).read(state, own)
         for (space, _), values in rows.items():
             if len(values) != len(models) or len({len(each) for each in values}) > 1:
@@ -131,7 +131,7 @@ def read_spaces(
     return {name: accumulator.finish() for name, accumulator in sums.items()}, samples
 
 
-def readings_by_node(symmetry: Symmetry, at: str) -> dict[str, list[tuple[int, "Reading"]]]:
+def _readings_by_node(symmetry: Symmetry, at: str) -> dict[str, list[tuple[int, "Reading"]]]:
     """For every node at which a space is read: how, each reading with its number within the space."""
     graph = symmetry.program
     first, second = (graph.post, graph.pre) if at == "post" else (graph.pre, graph.post)
@@ -139,7 +139,7 @@ def readings_by_node(symmetry: Symmetry, at: str) -> dict[str, list[tuple[int, "
     for space in symmetry:
         number = 0
         for node in first[space.name] or second[space.name]:
-            for reading in readings_of(symmetry, space, graph.activations[node]):
+            for reading in _readings_of(symmetry, space, graph.activations[node]):
                 found.setdefault(node, []).append((number, reading))
                 number += 1
     return found
@@ -176,7 +176,7 @@ class Reading:
         return flat.permute(0, 2, 1).reshape(-1, copies * size)
 
 
-def readings_of(symmetry: Symmetry, space: Space, places: Sequence[tuple[str, Site]]) -> list[Reading]:
+def _readings_of(symmetry: Symmetry, space: Space, places: Sequence[tuple[str, Site]]) -> list[Reading]:
     """How to read a space at a node with these places of spaces."""
     above: set[str] = set()
     outer = space
@@ -193,12 +193,12 @@ def readings_of(symmetry: Symmetry, space: Space, places: Sequence[tuple[str, Si
             averaged |= set(place.dims) - set(site.dims)
             nests = other in above and set(place.dims) <= set(site.dims)
             if place is not site and not nests:
-                repeats_averaged |= moves_repeats(place, site)
+                repeats_averaged |= _moves_repeats(place, site)
         found.append(Reading(name, site, tuple(sorted(averaged)), repeats_averaged))
     return found
 
 
-def moves_repeats(other: Site, site: Site) -> bool:
+def _moves_repeats(other: Site, site: Site) -> bool:
     """Whether another site's units tell apart the places of one unit of a site."""
     if not set(other.dims) & set(site.dims):
         return False
@@ -211,7 +211,7 @@ def moves_repeats(other: Site, site: Site) -> bool:
     return bool((beside != beside[..., :1]).any())
 
 
-def observer(
+def _observer(
     readings: Sequence[tuple[int, Reading]], rows: dict[tuple[str, int], list[Tensor]]
 ) -> Callable[[Tensor], None]:
     """What to do with a node's value: keep the units of each space that is read there."""

@@ -83,7 +83,7 @@ def layers_of(symmetry: Symmetry) -> list[Layer]:
         if norm is not None and (len(node.users) != 1 or None in (norm.weight, norm.bias, norm.mean, norm.variance)):
             norm = None
         output = nodes[norm.node] if norm else node
-        stream, shortcut = stream_of(output, order, order[contraction.node])
+        stream, shortcut = _stream_of(output, order, order[contraction.node])
         last = nodes[stream] if stream else output
         rectified = bool(last.users) and all(str(user.target) in RECTIFIERS for user in last.users)
         found.append(Layer(contraction, norm, output.name, stream, shortcut, rectified, node))
@@ -100,7 +100,7 @@ def shared_weights(program: Program) -> set[str]:
     return {name for name, count in users.items() if count > 1}
 
 
-def stream_of(output: fx.Node, order: Mapping[str, int], position: int) -> tuple[str | None, str | None]:
+def _stream_of(output: fx.Node, order: Mapping[str, int], position: int) -> tuple[str | None, str | None]:
     """The sum that a value goes into, and its other addend, if that is known when the layer runs."""
     if len(output.users) != 1:
         return None, None
@@ -121,12 +121,12 @@ def folded(layer: Layer, state: State) -> tuple[Tensor, Tensor]:
     bias = state[layer.contraction.bias].double() if layer.contraction.bias else weight.new_zeros(weight.shape[0])
     if layer.norm is None:
         return weight, bias
-    gain, shift, mean, variance = norm_tensors(layer.norm, state)
+    gain, shift, mean, variance = _norm_tensors(layer.norm, state)
     scale = gain / (variance + layer.norm.epsilon).sqrt()
     return weight * scale.view(-1, *[1] * (weight.ndim - 1)), shift + scale * (bias - mean)
 
 
-def norm_tensors(norm: BatchNorm, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _norm_tensors(norm: BatchNorm, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A BatchNorm's gain, shift, running mean and running variance, in float64."""
     assert norm.weight is not None
     assert norm.bias is not None
@@ -189,10 +189,10 @@ def sample_positions(
     layer: Layer, shape: Sequence[int], count: int, generator: torch.Generator
 ) -> Int[Tensor, " positions"]:
     """Up to `count` positions of a layer's output, flat over all but the batch's and the units' dimensions."""
-    return torch.randperm(math.prod(position_shape(layer, shape)), generator=generator)[:count]
+    return torch.randperm(math.prod(_position_shape(layer, shape)), generator=generator)[:count]
 
 
-def position_shape(layer: Layer, shape: Sequence[int]) -> list[int]:
+def _position_shape(layer: Layer, shape: Sequence[int]) -> list[int]:
     """The sizes of an output's dimensions that are neither the batch's nor the units'."""
     return [size for d, size in enumerate(shape) if d not in (0, layer.contraction.channel % len(shape))]
 
@@ -219,9 +219,9 @@ def input_rows(
         rows = value.flatten(1, -2)[:, positions].flatten(0, 1) if value.ndim > 2 else value
         return [rows]
     spatial = len(kernel)
-    stride, padding, dilation, groups = convolution_options(layer.node, spatial, kernel)
+    stride, padding, dilation, groups = _convolution_options(layer.node, spatial, kernel)
     padded = F.pad(value, [side for pair in reversed(padding) for side in pair])
-    index = torch.unravel_index(positions, tuple(position_shape(layer, shape)))
+    index = torch.unravel_index(positions, tuple(_position_shape(layer, shape)))
     patches = []
     for offset in product(*(range(size) for size in kernel)):
         places = [index[d] * stride[d] + offset[d] * dilation[d] for d in range(spatial)]
@@ -230,7 +230,7 @@ def input_rows(
     return [part.flatten(0, 1).flatten(1) for part in rows.chunk(groups, dim=2)]
 
 
-def convolution_options(
+def _convolution_options(
     node: fx.Node, spatial: int, kernel: Sequence[int]
 ) -> tuple[list[int], list[tuple[int, int]], list[int], int]:
     """Stride, padding (before and after), dilation and groups of a convolution's node."""

@@ -148,7 +148,7 @@ class Accumulator:
         return JointMoments(self.count, mean.cpu().split(self.units), covariance.cpu())
 
 
-def require_samples(moments: Moments, needed: int, why: str) -> None:
+def _require_samples(moments: Moments, needed: int, why: str) -> None:
     """Refuses moments of too few samples.
 
     Raises:

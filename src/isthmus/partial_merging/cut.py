@@ -47,22 +47,22 @@ def cut_all(symmetries: Sequence[Symmetry], shared: set[str]) -> list[Cut]:
         TraceError: An operation in place crosses the border.
     """
     programs: list[Program] = [symmetry.program.program for symmetry in symmetries]
-    constants = {name for name in programs[0].constants if all(same_constant(programs[0], p, name) for p in programs)}
-    common = [trunk_nodes(program, shared, constants) for program in programs]
-    cuts = [cut(symmetry, nodes) for symmetry, nodes in zip(symmetries, common, strict=True)]
+    constants = {name for name in programs[0].constants if all(_same_constant(programs[0], p, name) for p in programs)}
+    common = [_trunk_nodes(program, shared, constants) for program in programs]
+    cuts = [_cut(symmetry, nodes) for symmetry, nodes in zip(symmetries, common, strict=True)]
     needed = frozenset().union(*(each.trunk for each in cuts))
     tensors = frozenset().union(*(each.trunk_tensors for each in cuts))
-    told = [operations(program, needed) for program in programs]
+    told = [_operations(program, needed) for program in programs]
     for index, each in enumerate(told):
         if each != told[0]:
             raise SymmetryError(f"model {index} runs other operations in the trunk than the first: stop earlier")
     cuts = [replace(each, trunk=needed, trunk_tensors=tensors) for each in cuts]
     for program, each in zip(programs, cuts, strict=True):
-        check_writes(program.graph, each)
+        _check_writes(program.graph, each)
     return cuts
 
 
-def same_constant(first: Program, other: Program, name: str) -> bool:
+def _same_constant(first: Program, other: Program, name: str) -> bool:
     """Whether two graphs hold the same constant under a name."""
     if name not in other.constants:
         return False
@@ -70,7 +70,7 @@ def same_constant(first: Program, other: Program, name: str) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
 
 
-def operations(program: Program, nodes: frozenset[str]) -> list[tuple[str, str, str, str]]:
+def _operations(program: Program, nodes: frozenset[str]) -> list[tuple[str, str, str, str]]:
     """What some nodes do, in order."""
     return [
         (node.name, str(node.target), str(node.args), str(node.kwargs))
@@ -79,10 +79,10 @@ def operations(program: Program, nodes: frozenset[str]) -> list[tuple[str, str, 
     ]
 
 
-def trunk_nodes(program: Program, shared: set[str], constants: set[str]) -> set[str]:
+def _trunk_nodes(program: Program, shared: set[str], constants: set[str]) -> set[str]:
     """All nodes that are computed from the inputs, shared tensors and common constants alone."""
     found = set(program.inputs) | constants
-    sources_of = sources_in(program.graph)
+    sources_of = _sources_in(program.graph)
     for node in program.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
@@ -92,7 +92,7 @@ def trunk_nodes(program: Program, shared: set[str], constants: set[str]) -> set[
     return found
 
 
-def sources_in(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def _sources_in(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """What every node depends on: its arguments, and all that was written into their memory before it."""
     written: dict[fx.Node, list[fx.Node]] = {}
     found: dict[fx.Node, list[fx.Node]] = {}
@@ -111,15 +111,15 @@ def writes_in_place(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def cut(symmetry: Symmetry, common: set[str]) -> Cut:
+def _cut(symmetry: Symmetry, common: set[str]) -> Cut:
     """The part of a graph that the outputs need, cut behind the last nodes of `common` whose units are all known."""
     graph = symmetry.program
     program: Program = graph.program
     known = {name for name in common if name in graph.activations and name not in graph.partial}
     outputs = [node.name for node in program.graph.nodes if node.op == "output"]
-    sources = {node.name: found for node, found in sources_in(program.graph).items()}
-    head, head_tensors, border = needed_for(program, sources, outputs, known)
-    trunk, trunk_tensors, _ = needed_for(program, sources, sorted(border), set())
+    sources = {node.name: found for node, found in _sources_in(program.graph).items()}
+    head, head_tensors, border = _needed_for(program, sources, outputs, known)
+    trunk, trunk_tensors, _ = _needed_for(program, sources, sorted(border), set())
     return Cut(
         frozenset(trunk | border),
         {name: graph.activations[name] for name in border},
@@ -129,7 +129,7 @@ def cut(symmetry: Symmetry, common: set[str]) -> Cut:
     )
 
 
-def needed_for(
+def _needed_for(
     program: Program, sources: Mapping[str, Sequence[fx.Node]], wanted: Sequence[str], known: set[str]
 ) -> tuple[set[str], set[str], set[str]]:
     """What some nodes are computed from, back to known ones: the nodes, the tensors, the known nodes."""
@@ -147,7 +147,7 @@ def needed_for(
     return found, tensors, border
 
 
-def check_writes(graph: fx.Graph, parts: Cut) -> None:
+def _check_writes(graph: fx.Graph, parts: Cut) -> None:
     """Refuses operations in place whose effect would have to cross the border.
 
     Raises:

@@ -206,13 +206,13 @@ class PartialZip(nn.Module):
                     border[index][name] = own
 
         first = self.parts[0]
-        run_nodes(program_for(first.program, batch), first.cut.trunk, self.trunk.tensors(), batch, {}, keep, meters[0])
+        _run_nodes(program_for(first.program, batch), first.cut.trunk, self.trunk.tensors(), batch, {}, keep, meters[0])
         outputs = []
         for index in wanted:
             part, own = self.parts[index], self.owns[index]
             program = program_for(part.program, batch)
             outputs.append(
-                run_nodes(program, part.cut.head, own.tensors(), batch, border[index], None, meters[index + 1])
+                _run_nodes(program, part.cut.head, own.tensors(), batch, border[index], None, meters[index + 1])
             )
             border[index] = {}
         return tuple(outputs)
@@ -270,7 +270,7 @@ class Meter:
             tensors[norm.variance].copy_(variance)
 
 
-def run_nodes(
+def _run_nodes(
     program: Program,
     wanted: frozenset[str],
     tensors: State,

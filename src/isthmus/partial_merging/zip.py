@@ -63,16 +63,16 @@ def partial_zip(
     configured = configure("matching method", method, METHODS) if isinstance(method, str) else method
     Problem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
     symmetries = [symmetry_of(model, None, inputs, data) for model in modules]
-    names = spaces_before(symmetries, stop)
+    names = _spaces_before(symmetries, stop)
     shared = shared_tensors(symmetries, names)
     cuts = cut_all(symmetries, shared)
     trunks = [restrict(symmetry, names, shared, cut) for symmetry, cut in zip(symmetries, cuts, strict=True)]
     if folds(configured) and any(has_diagonal_sites(trunk) for trunk in trunks):
         modules = [fold_norm_gains(model, symmetry) for model, symmetry in zip(modules, symmetries, strict=True)]
     alignment = configured(Problem(modules, trunks[0], data, seed, trunks))
-    merged, undefined = merge_trunk(modules, trunks, alignment)
+    merged, undefined = _merge_trunk(modules, trunks, alignment)
     parts = [
-        Part(symmetry.program.program, cut, symmetry.program.batch_norms, read_back(symmetry, cut, trunk, transforms))
+        Part(symmetry.program.program, cut, symmetry.program.batch_norms, _read_back(symmetry, cut, trunk, transforms))
         for symmetry, cut, trunk, transforms in zip(symmetries, cuts, trunks, alignment.transforms, strict=True)
     ]
     heads = [Tensors(model, cut.head_tensors) for model, cut in zip(modules, cuts, strict=True)]
@@ -84,7 +84,7 @@ def partial_zip(
     return zipped.reset(data)
 
 
-def spaces_before(symmetries: Sequence[Symmetry], stop: str | None) -> list[str]:
+def _spaces_before(symmetries: Sequence[Symmetry], stop: str | None) -> list[str]:
     """Names of the spaces that are listed before `stop`, with all that is nested in them.
 
     Raises:
@@ -102,7 +102,7 @@ def spaces_before(symmetries: Sequence[Symmetry], stop: str | None) -> list[str]
     for index, symmetry in enumerate(symmetries[1:], start=1):
         own = {space.name: space for space in symmetry}
         for name in names:
-            if name not in own or measures(own[name]) != measures(first[name]):
+            if name not in own or _measures(own[name]) != _measures(first[name]):
                 raise SymmetryError(
                     f"model {index} has no space {name} of {first[name].copies} × {first[name].size} units as the "
                     "first model has: stop at it, or before"
@@ -110,12 +110,12 @@ def spaces_before(symmetries: Sequence[Symmetry], stop: str | None) -> list[str]
     return [space.name for space in first if space.name in names]
 
 
-def measures(space: Space) -> tuple[int, int, str | None]:
+def _measures(space: Space) -> tuple[int, int, str | None]:
     """Size, copies and parent."""
     return space.size, space.copies, space.parent
 
 
-def merge_trunk(
+def _merge_trunk(
     models: Sequence[nn.Module], trunks: Sequence[Symmetry], alignment: Alignment
 ) -> tuple[dict[str, Tensor], set[str]]:
     """The mean of the shared tensors in the common frame, and the names of the running variances left undefined."""
@@ -131,7 +131,7 @@ def merge_trunk(
     return merged, undefined
 
 
-def read_back(
+def _read_back(
     symmetry: Symmetry, parts: Cut, trunk: Symmetry, transforms: Mapping[str, Transform]
 ) -> dict[str, list[ReadBack]]:
     """How a model reads its units at every node of the border, parents before what is nested in them."""
@@ -144,14 +144,14 @@ def read_back(
         found[name] = []
         for space, site in sorted(places, key=lambda place: rank[place[0]]):
             transform = inverse[space]
-            indices = chosen_units(transform)
+            indices = _chosen_units(transform)
             length = int(np.prod([shape[d] for d in site.dims]))
             order = None if indices is None else torch.from_numpy(site_order(site, indices, length))
             found[name].append(ReadBack(site, length, order, transform))
     return found
 
 
-def chosen_units(transform: Transform) -> Int[np.ndarray, "copies units"] | None:
+def _chosen_units(transform: Transform) -> Int[np.ndarray, "copies units"] | None:
     """The one merged unit that each own unit reads; None where some read several, or a share."""
     if isinstance(transform, Permutation):
         return transform.indices

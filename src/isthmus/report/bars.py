@@ -22,7 +22,7 @@ def draw_comparison(comparison: Mapping[str, Any], kind: str = "svg", *, dark: b
     colours = DARK if dark else LIGHT
     key = "accuracy" if comparison["ensemble"]["accuracy"] is not None else "loss"
     factor = 100.0 if key == "accuracy" else 1.0
-    lines = grouped(comparison["rows"], key, factor)
+    lines = _grouped(comparison["rows"], key, factor)
     figure = new_figure(WIDTH, 1.3 + ROW_HEIGHT * len(lines), colours)
     with style_of(colours):
         axes = figure.subplots()
@@ -53,7 +53,7 @@ def draw_comparison(comparison: Mapping[str, Any], kind: str = "svg", *, dark: b
         return save_figure(figure, kind)
 
 
-def grouped(
+def _grouped(
     rows: Sequence[Mapping[str, Any]], key: str, factor: float
 ) -> list[tuple[tuple[str, str], dict[str, float]]]:
     """For each method and average the figures by repair, best first; ways without figures are left out."""

@@ -55,7 +55,7 @@ def draw_curve(report: Mapping[str, Any], kind: str = "svg", *, pair: int = 0, d
     if kind == "png":
         return _picture(curves[pair], DARK if dark else LIGHT, "png")
     text = _follow_page(_picture(curves[pair], STAND_INS, "svg").decode(), f"pair{pair}")
-    words = " ".join(describe(curves[pair], panel) for panel in panels_of(curves[pair]))
+    words = " ".join(_describe(curves[pair], panel) for panel in panels_of(curves[pair]))
     light, night = css_variables(LIGHT), css_variables(DARK)
     style = f"<style>svg {{ {light} }} @media (prefers-color-scheme: dark) {{ svg {{ {night} }} }}</style>"
     start, end = text.index("<svg") + 4, text.index(">", text.index("<svg")) + 1
@@ -79,12 +79,12 @@ def draw_panel(curves: Mapping[str, Any], panel: str, key: str) -> str:
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
     width, height = (round(inches * POINTS) for inches in SIZE)
     return (
-        f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(describe(curves, panel))}">'
+        f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(_describe(curves, panel))}">'
         + body.replace("xlink:href", "href").strip()
     )
 
 
-def describe(curves: Mapping[str, Any], panel: str) -> str:
+def _describe(curves: Mapping[str, Any], panel: str) -> str:
     """The panel in words, for those who do not see it."""
     first, second = curves.get("models") or (0, 1)
     parts = [f"{panel.capitalize()} along the straight line from model {first} to model {second}."]

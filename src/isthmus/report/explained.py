@@ -19,18 +19,18 @@ IN_A_ROW = 300  # pixels of a chart of which three stand in a row
 LARGE = 0.3  # the threshold that the table of layers names beside 0
 
 
-def explained(report: Report) -> Report | None:
+def _explained(report: Report) -> Report | None:
     """What `isthmus explain` found, or None."""
     return report.get("explain") or None
 
 
-def letters(report: Report) -> list[str]:
+def _letters(report: Report) -> list[str]:
     """The models' letters, as explained, else in order."""
-    found = (explained(report) or {}).get("models") or []
+    found = (_explained(report) or {}).get("models") or []
     return [str(name) for name in found] or [chr(ord("A") + index) for index in range(min(26, len(report["models"])))]
 
 
-def sample_noun(found: Report) -> str:
+def _sample_noun(found: Report) -> str:
     """What one sample of the data is: an image, unless the report says otherwise."""
     return str((found.get("data") or {}).get("noun") or "image")
 
@@ -40,20 +40,20 @@ def sample_noun(found: Report) -> str:
 
 def claims(report: Report) -> dict[str, Any] | None:
     """The claims and questions with their verdicts, and what was measured on."""
-    found = explained(report)
+    found = _explained(report)
     if found is None:
         return None
     groups = [(title, _judged(found.get(key))) for title, key in (("Claims", "claims"), ("Questions", "questions"))]
     files = [PurePosixPath(str(model.get("path") or "").replace("\\", "/")).name for model in report["models"]]
     return {
         "groups": [(title, items, _counted(items)) for title, items in groups if items],
-        "models": [(name, files[index] if index < len(files) else "") for index, name in enumerate(letters(report))],
+        "models": [(name, files[index] if index < len(files) else "") for index, name in enumerate(_letters(report))],
         "data": found.get("data"),
-        "noun": sample_noun(found),
+        "noun": _sample_noun(found),
         "seconds": found.get("seconds"),
         "no_claims": _no_claims(found, len(report["models"])),
         "options": [
-            (f"{sample_noun(found)}s" if name == "images" else str(name), value)
+            (f"{_sample_noun(found)}s" if name == "images" else str(name), value)
             for name, value in (found.get("options") or {}).items()
             if value is not None
         ],
@@ -121,11 +121,11 @@ class Group(NamedTuple):
 
 def layers(report: Report) -> dict[str, Any] | None:
     """Charts over depth, and all figures of every space."""
-    found = explained(report)
+    found = _explained(report)
     spaces = [space for space in (found or {}).get("spaces") or [] if space]
     if found is None or not spaces:
         return None
-    models, drawn = letters(report), spaces[: depth.MOST_DRAWN]
+    models, drawn = _letters(report), spaces[: depth.MOST_DRAWN]
     charts = [
         ("Correlation", "Median over the units of each space.", depth.draw_correlations(drawn, models)),
         ("What became of the units", _kept(found), depth.draw_labels(drawn, models)),
@@ -142,7 +142,7 @@ def layers(report: Report) -> dict[str, Any] | None:
         **_matches_alone(report, found),
         "not_drawn": len(spaces) - len(drawn),
         "no_pictures": found.get("not_drawn"),
-        "groups": _groups(spaces, models, sample_noun(found)),
+        "groups": _groups(spaces, models, _sample_noun(found)),
         "spaces": spaces[:MOST_SPACES],
         "left_out": max(0, len(spaces) - MOST_SPACES),
     }
@@ -228,7 +228,7 @@ def _filled(groups: Sequence[Group], rows: Sequence[Report]) -> list[Group]:
 
 def directions(report: Report) -> dict[str, Any] | None:
     """Spectra, agreement and alignment of every layer, and the match matrices of its space."""
-    found = explained(report)
+    found = _explained(report)
     if found is None:
         return None
     spectrum, taylor = found.get("spectra") or {}, found.get("taylor") or {}
@@ -236,7 +236,7 @@ def directions(report: Report) -> dict[str, Any] | None:
     rows = [layer for layer in spectrum.get("layers") or [] if layer]
     if not _has_directions(found):
         return None
-    models = letters(report)
+    models = _letters(report)
     thresholds = [value for value in map(figures.finite, spectrum.get("thresholds") or []) if value is not None]
     shown, elsewhere = _placed(report, rows[:MOST_LAYERS], matches)
     overlaps = [each for each in spectrum.get("overlaps") or [] if each]
@@ -260,7 +260,7 @@ def directions(report: Report) -> dict[str, Any] | None:
         ),
         "barriers": [(str(name).replace("_", " "), value) for name, value in (found.get("barriers") or {}).items()],
         "images": (found.get("data") or {}).get("images"),
-        "noun": sample_noun(found),
+        "noun": _sample_noun(found),
         "re_estimated": any((pair.get("aligned") or {}).get("repair") for pair in report.get("curves") or []),
         "whole": whole,
         "overlaps": overlaps,
@@ -365,7 +365,7 @@ def _placed(
 
 def alike(report: Report) -> dict[str, Any] | None:
     """Heat maps of the similarity of every layer of one model to every layer of another."""
-    found = [each for each in (explained(report) or {}).get("cka") or [] if each]
+    found = [each for each in (_explained(report) or {}).get("cka") or [] if each]
     if not found:
         return None
     tables = []
@@ -402,7 +402,7 @@ def alike(report: Report) -> dict[str, Any] | None:
             }
         )
     return {
-        "noun": sample_noun(explained(report) or {}),
+        "noun": _sample_noun(_explained(report) or {}),
         "maps": maps,
         "together": together,
         "start": start,

@@ -63,10 +63,10 @@ def percent(value: Any, digits: int = 1) -> str:
     number = finite(value)
     if number is None:
         return ABSENT
-    return signed(f"{shown(number * 100, digits)}{NARROW}%")
+    return signed(f"{_shown(number * 100, digits)}{NARROW}%")
 
 
-def shown(number: float, digits: int) -> str:
+def _shown(number: float, digits: int) -> str:
     """The percentage with `digits` decimals, rounded towards 50 where it would read 0 or 100 and is not."""
     text = f"{number:.{digits}f}"
     step = 10**-digits
@@ -77,7 +77,7 @@ def shown(number: float, digits: int) -> str:
     return text
 
 
-def points(value: Any, digits: int = 1) -> str:
+def _points(value: Any, digits: int = 1) -> str:
     """A difference of shares in percentage points, without the unit."""
     number = finite(value)
     return ABSENT if number is None else signed(f"{number * 100:.{digits}f}")
@@ -102,7 +102,7 @@ def power(value: Any) -> str:
     return Markup("{}{}×{}10<sup>{}</sup>").format(signed(mantissa), NARROW, NARROW, signed(str(int(exponent))))
 
 
-def duration(value: Any) -> str:
+def _duration(value: Any) -> str:
     """Seconds as a reader says them: 0.01 s, 12.3 s, 4 min 12 s, 2 h 5 min."""
     number = finite(value)
     if number is None:
@@ -117,7 +117,7 @@ def duration(value: Any) -> str:
     return f"{minutes // 60}{NARROW}h {minutes % 60}{NARROW}min"
 
 
-def moment(value: Any) -> str:
+def _moment(value: Any) -> str:
     """An ISO time as 20 November 2026, 12:00 UTC; anything else as it is."""
     if not isinstance(value, str):
         return ABSENT
@@ -136,6 +136,6 @@ MONTHS = (
 )  # fmt: skip
 
 
-def plural(count: int, one: str, many: str | None = None) -> str:
+def _plural(count: int, one: str, many: str | None = None) -> str:
     """A count and its noun: 1 axis, 3 axes."""
     return f"{whole(count)} {one if count == 1 else many or one + 's'}"

@@ -59,7 +59,7 @@ def read_features(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def show(uri: Any, alt: str) -> Picture:
+def _show(uri: Any, alt: str) -> Picture:
     """The picture of a data URI, empty unless it is one of an image."""
     if not isinstance(uri, str) or DATA_URI.fullmatch(uri) is None:
         return Picture(None, alt, given=uri is not None)
@@ -78,7 +78,7 @@ def _size(uri: str) -> tuple[int | None, int | None]:
     return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
 
 
-def admitted(pictures: Iterable[Picture], room: int) -> list[Picture]:
+def _admitted(pictures: Iterable[Picture], room: int) -> list[Picture]:
     """The pictures in order, those emptied that no longer fit into `room` characters."""
     kept = []
     for picture in pictures:
@@ -107,12 +107,12 @@ def pictures_of_match(report: Report) -> dict[str, tuple[Picture, Picture]]:
     for name, each in _spaces(report).items():
         match = each.get("match") or {}
         before, after = (
-            show(match.get(key), f"correlation of the units of {name} in one model and in the other, {key} matching")
+            _show(match.get(key), f"correlation of the units of {name} in one model and in the other, {key} matching")
             for key in ("before", "after")
         )
         if before.given or after.given:
             pairs[name] = (before, after)
-    kept = admitted((picture for pair in pairs.values() for picture in pair), ROOM_FOR_MATCHES)
+    kept = _admitted((picture for pair in pairs.values() for picture in pair), ROOM_FOR_MATCHES)
     return dict(zip(pairs, zip(kept[::2], kept[1::2], strict=True), strict=True))
 
 
@@ -138,10 +138,10 @@ def units(report: Report) -> dict[str, Any] | None:
         for space in spaces
     ]
     columns = [column for _, group in cards for card in group for column in card["columns"]]
-    kept = admitted((picture for column in columns for picture in (column["picture"], column["top"])), ROOM_FOR_UNITS)
+    kept = _admitted((picture for column in columns for picture in (column["picture"], column["top"])), ROOM_FOR_UNITS)
     for column, picture, top in zip(columns, kept[::2], kept[1::2], strict=True):
         column.update(picture=picture, top=top)
-    names = score_names(models)
+    names = _score_names(models)
     known = [
         index
         for index in range(len(names))
@@ -161,7 +161,7 @@ def units(report: Report) -> dict[str, Any] | None:
     }
 
 
-def score_names(models: Sequence[str]) -> list[str]:
+def _score_names(models: Sequence[str]) -> list[str]:
     """The scores of a unit, by which the gallery can be sorted."""
     return [
         "correlation of the matched pair",
@@ -202,8 +202,8 @@ def _card(
                 "title": model if index < len(models) else model.capitalize(),
                 "css": chart.model_class(index) if index < len(models) else model,
                 "own": sources[index] if index < min(len(sources), len(models)) else None,
-                "picture": show(drawn.get(model), whose),
-                "top": show(top.get(model), f"images that excite {whose} most"),
+                "picture": _show(drawn.get(model), whose),
+                "top": _show(top.get(model), f"images that excite {whose} most"),
                 "r": [
                     (other, value)
                     for other, value in zip(models, map(figures.finite, fits), strict=False)

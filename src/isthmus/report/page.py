@@ -35,7 +35,7 @@ def write_report(folder: Path) -> Path:
     report = read_report(source)
     report["features"] = read_features(source.with_name("features.json")) if report.get("explain") else None
     try:
-        page = render(report)
+        page = _render(report)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, UndefinedError) as error:
         cause = figures.clean(f"{type(error).__name__}: {error}")
         raise CheckpointError(
@@ -64,7 +64,7 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def render(report: Report) -> str:
+def _render(report: Report) -> str:
     """The page of a report."""
     environment = _environment()
     sections = []

@@ -123,7 +123,7 @@ def _digits(count: Any) -> int:
     return 2 if (figures.finite(count) or 0) >= 2000 else 1
 
 
-def scores(report: Report) -> dict[str, Any] | None:
+def _scores(report: Report) -> dict[str, Any] | None:
     """Loss and accuracy of parents, references and the merged network."""
     if _only_aligned(report):
         return None
@@ -162,7 +162,7 @@ def scores(report: Report) -> dict[str, Any] | None:
     }
 
 
-def path(report: Report) -> dict[str, Any] | None:
+def _path(report: Report) -> dict[str, Any] | None:
     """Loss and accuracy along the lines between the parents, drawn and as barriers."""
     pairs = report.get("curves") or []
     if _only_aligned(report) and not pairs:
@@ -212,7 +212,7 @@ def _measured(pair: Report) -> list[tuple[float, list[tuple[float | None, float 
     return sorted(table.items())
 
 
-def symmetry(report: Report) -> dict[str, Any]:
+def _symmetry(report: Report) -> dict[str, Any]:
     """What was proved, and every space."""
     found = report["symmetry"]
     spaces = found.get("spaces") or []
@@ -269,7 +269,7 @@ def _moved_columns(spaces: Sequence[Report], models: int) -> list[Column]:
     return [Column(f"Moved, mean of {len(moving)} models", mean, lambda space: mixed(space, moving))]
 
 
-def frozen(report: Report) -> dict[str, Any] | None:
+def _frozen(report: Report) -> dict[str, Any] | None:
     """What cannot move, by reason; what was lost to a missing rule comes first."""
     axes = report["symmetry"].get("frozen") or []
     untouched = report["symmetry"].get("untouched") or []
@@ -305,7 +305,7 @@ def frozen(report: Report) -> dict[str, Any] | None:
     }
 
 
-def matching(report: Report) -> dict[str, Any]:
+def _matching(report: Report) -> dict[str, Any]:
     """How the models were matched and averaged."""
     method, average = report["method"], report.get("average")
     objective, bound = figures.finite(method.get("objective")), figures.finite(method.get("upper_bound"))
@@ -324,7 +324,7 @@ def matching(report: Report) -> dict[str, Any]:
     }
 
 
-def provenance(report: Report) -> dict[str, Any]:
+def _provenance(report: Report) -> dict[str, Any]:
     """What is needed to run it again."""
     return {
         "report": report,
@@ -410,16 +410,16 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section("scores", "Scores", scores),
-    Section("path", "The path between the parents", path),
+    Section("scores", "Scores", _scores),
+    Section("path", "The path between the parents", _path),
     Section("triangle", "The triangle between the parents", triangle.triangle),
     Section("claims", "Claims and questions", explained.claims),
     Section("layers", "Layer by layer", explained.layers),
     Section("directions", "Singular directions", explained.directions),
     Section("alike", "Alike?", explained.alike),
     Section("units", "Units", gallery.units),
-    Section("symmetry", "Symmetry", symmetry),
-    Section("frozen", "What cannot move", frozen),
-    Section("matching", "Method", matching),
-    Section("provenance", "Provenance", provenance),
+    Section("symmetry", "Symmetry", _symmetry),
+    Section("frozen", "What cannot move", _frozen),
+    Section("matching", "Method", _matching),
+    Section("provenance", "Provenance", _provenance),
 )

@@ -52,24 +52,24 @@ class Places(NamedTuple):
 def triangle(report: Mapping[str, Any]) -> dict[str, Any] | None:
     """The section of the page: both triangles in one scale, their barriers, and every measured place."""
     simplex = report.get("simplex") or {}
-    shown = {kind: simplex[kind] for kind in KINDS if simplex.get(kind) and is_triangle(simplex[kind])}
+    shown = {kind: simplex[kind] for kind in KINDS if simplex.get(kind) and _is_triangle(simplex[kind])}
     if not shown:
         return None
-    places = {kind: places_of(shown[kind]) for kind in shown}
-    bands = bands_of([loss for each in places.values() for loss in each.losses])
+    places = {kind: _places_of(shown[kind]) for kind in shown}
+    bands = _bands_of([loss for each in places.values() for loss in each.losses])
     barriers = ("barrier", "centre_barrier", "error_barrier", "centre_error_barrier")
     rows: dict[tuple[float, ...], dict[str, tuple[float | None, float | None]]] = {}
     for kind, (coefficients, losses, accuracies) in places.items():
         for place, loss, accuracy in zip(coefficients, losses, accuracies, strict=True):
             rows.setdefault(place, {})[kind] = (loss, accuracy)
     return {
-        "pictures": [draw_simplex(shown[kind], kind, bands=bands) for kind in shown],
+        "pictures": [_draw_simplex(shown[kind], kind, bands=bands) for kind in shown],
         "kinds": [(kind, LABELS[kind].capitalize()) for kind in shown],
         "barriers": [
             (kind, LABELS[kind].capitalize(), [finite(shown[kind].get(name)) for name in barriers]) for kind in shown
         ],
         "rows": [
-            (spell(place), [measured.get(kind, (None, None)) for kind in shown]) for place, measured in rows.items()
+            (_spell(place), [measured.get(kind, (None, None)) for kind in shown]) for place, measured in rows.items()
         ],
         "has_error": any(value is not None for each in places.values() for value in each.accuracies),
         "mended": any(shown[kind].get("repair") for kind in shown),
@@ -77,7 +77,7 @@ def triangle(report: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def draw_simplex(
+def _draw_simplex(
     simplex: Mapping[str, Any], kind: str, *, bands: Sequence[float] | None = None, title: str | None = None
 ) -> Markup:
     """The loss over the triangle between three models, as an `<svg>` element.
@@ -97,52 +97,52 @@ def draw_simplex(
         KeyError: An unknown kind.
         ValueError: It is not of three models, or has not as many losses as places.
     """
-    if not is_triangle(simplex):
+    if not _is_triangle(simplex):
         raise ValueError("a triangle is drawn of a simplex of three models, with a loss for every place")
     heading = title if title is not None else LABELS[kind].capitalize()
-    places = places_of(simplex)
-    edges = list(bands) if bands is not None else bands_of(places.losses)
-    points = [locate(place) for place in places.coefficients]
-    parts = [write(6.0, 16.0, heading, 10.5, anchor="start", bold=True)]
+    places = _places_of(simplex)
+    edges = list(bands) if bands is not None else _bands_of(places.losses)
+    points = [_locate(place) for place in places.coefficients]
+    parts = [_write(6.0, 16.0, heading, 10.5, anchor="start", bold=True)]
     outline = "L".join(f"{chart.number(x)} {chart.number(y)}" for x, y in CORNERS)
-    parts.append(f'<path style="fill: {colour_of("surface")}" d="M{outline}Z"/>')
-    parts += fill_bands(cells(places), edges)
-    edge = f"fill: none; stroke: {colour_of('axis')}; stroke-width: 1; stroke-linejoin: round"
+    parts.append(f'<path style="fill: {_colour_of("surface")}" d="M{outline}Z"/>')
+    parts += _fill_bands(_cells(places), edges)
+    edge = f"fill: none; stroke: {_colour_of('axis')}; stroke-width: 1; stroke-linejoin: round"
     parts.append(f'<path style="{edge}" d="M{outline}Z"/>')
-    parts += [dot(*point, 1.7) for point in points]
-    parts += name_corners(places)
-    parts += mark_centre_and_rise(places, points, edges)
-    parts += draw_scale(edges)
-    return chart.svg(WIDTH, HEIGHT, describe(places, heading), parts, "plot")
+    parts += [_dot(*point, 1.7) for point in points]
+    parts += _name_corners(places)
+    parts += _mark_centre_and_rise(places, points, edges)
+    parts += _draw_scale(edges)
+    return chart.svg(WIDTH, HEIGHT, _describe(places, heading), parts, "plot")
 
 
-def describe(places: Places, heading: str) -> str:
+def _describe(places: Places, heading: str) -> str:
     """The picture in words, for those who do not see it."""
     said = [f"Loss over the triangle between models A, B and C. {heading}:"]
     corners = [
-        f"{value_of(places, i)} at {NAMES[place.index(1.0)]}"
+        f"{_value_of(places, i)} at {NAMES[place.index(1.0)]}"
         for i, place in enumerate(places.coefficients)
         if 1.0 in place
     ]
     said.append(", ".join(corners) + ",")
-    centre = centre_of(places)
-    said.append(f"{value_of(places, centre)} at the centre," if centre is not None else "no centre,")
+    centre = _centre_of(places)
+    said.append(f"{_value_of(places, centre)} at the centre," if centre is not None else "no centre,")
     known = [(loss, i) for i, loss in enumerate(places.losses) if loss is not None]
     if known:
-        said.append(f"highest {value_of(places, max(known)[1])} at {spell(places.coefficients[max(known)[1]])}.")
+        said.append(f"highest {_value_of(places, max(known)[1])} at {_spell(places.coefficients[max(known)[1]])}.")
     else:
         said.append("no loss is a number.")
     return " ".join(said)
 
 
-def value_of(places: Places, index: int) -> str:
+def _value_of(places: Places, index: int) -> str:
     """The loss of a place, and its accuracy where there is one, in words."""
     loss, accuracy = places.losses[index], places.accuracies[index]
     told = "no number" if loss is None else f"{loss:.3g}"
     return told if accuracy is None else f"{told} ({percent(accuracy)})"
 
 
-def is_triangle(simplex: Mapping[str, Any]) -> bool:
+def _is_triangle(simplex: Mapping[str, Any]) -> bool:
     """Whether it is of three models, with a loss for every place and all vertices among them."""
     places = simplex.get("coefficients") or []
     losses = simplex.get("losses") or []
@@ -152,7 +152,7 @@ def is_triangle(simplex: Mapping[str, Any]) -> bool:
     )
 
 
-def places_of(simplex: Mapping[str, Any]) -> Places:
+def _places_of(simplex: Mapping[str, Any]) -> Places:
     """The places of a simplex, read from its JSON."""
     coefficients = [tuple(float(c) for c in place) for place in simplex["coefficients"]]
     accuracies = [finite(value) for value in simplex.get("accuracies") or []] or [None] * len(coefficients)
@@ -161,19 +161,19 @@ def places_of(simplex: Mapping[str, Any]) -> Places:
     return Places(coefficients, [finite(value) for value in simplex["losses"]], accuracies)
 
 
-def locate(place: Sequence[float]) -> Point:
+def _locate(place: Sequence[float]) -> Point:
     """Where a place stands on the picture."""
     x, y = (sum(c * corner[axis] for c, corner in zip(place, CORNERS, strict=True)) for axis in (0, 1))
     return x, y
 
 
-def centre_of(places: Places) -> int | None:
+def _centre_of(places: Places) -> int | None:
     """The number of the place where all models count alike, if it was measured."""
     found = [i for i, place in enumerate(places.coefficients) if max(place) - min(place) < 1e-9]
     return found[0] if found else None
 
 
-def spell(place: Sequence[float]) -> str:
+def _spell(place: Sequence[float]) -> str:
     """The weights of a place as a sum of models: ½ A + ½ B."""
     terms = []
     for weight, name in zip(place, NAMES, strict=True):
@@ -190,7 +190,7 @@ def spell(place: Sequence[float]) -> str:
 # ---- the bands
 
 
-def bands_of(losses: Iterable[float | None]) -> list[float]:
+def _bands_of(losses: Iterable[float | None]) -> list[float]:
     """Round numbers from below the lowest loss to above the highest; one band where all are alike or none is known."""
     known = [loss for loss in losses if loss is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
@@ -203,7 +203,7 @@ def bands_of(losses: Iterable[float | None]) -> list[float]:
     return [*below, *inner, *above]
 
 
-def cells(places: Places) -> list[tuple[Corner, Corner, Corner]]:
+def _cells(places: Places) -> list[tuple[Corner, Corner, Corner]]:
     """The small triangles between neighbouring places; those with a corner of unknown loss are left out.
 
     The places are a barycentric grid of any fineness, and the centre, which divides the cell that it lies in.
@@ -222,7 +222,7 @@ def cells(places: Places) -> list[tuple[Corner, Corner, Corner]]:
             corners.append((number(i + 1, j, k), number(i, j + 1, k), number(i, j, k + 1)))
             if k:
                 corners.append((number(i + 1, j + 1, k - 1), number(i + 1, j, k), number(i, j + 1, k)))
-    centre = centre_of(places)
+    centre = _centre_of(places)
     found = []
     for cell in corners:
         if None in cell:
@@ -235,7 +235,7 @@ def cells(places: Places) -> list[tuple[Corner, Corner, Corner]]:
             found.append((known[0], known[1], known[2]))
 
     def corner(index: int, loss: float) -> Corner:
-        return *locate(places.coefficients[index]), loss
+        return *_locate(places.coefficients[index]), loss
 
     filled = []
     for cell in found:
@@ -246,22 +246,22 @@ def cells(places: Places) -> list[tuple[Corner, Corner, Corner]]:
     return filled
 
 
-def fill_bands(cells: Sequence[tuple[Corner, Corner, Corner]], edges: Sequence[float]) -> list[str]:
+def _fill_bands(cells: Sequence[tuple[Corner, Corner, Corner]], edges: Sequence[float]) -> list[str]:
     """One path a band, from the lowest: each holds all that lies above its lower edge, and the next covers the rest."""
     paths = []
     for band in range(len(edges) - 1):
         level = edges[band] if band else -math.inf
-        shapes = [shape for cell in cells if len(shape := above(cell, level)) > 2]
+        shapes = [shape for cell in cells if len(shape := _above(cell, level)) > 2]
         path = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in shape) + "Z" for shape in shapes)
         if path:
-            colour = band_colour(band, len(edges) - 1)
+            colour = _band_colour(band, len(edges) - 1)
             # A hairline of the same colour closes the seams that smoothing leaves between neighbouring cells.
             style = f"fill: {colour}; stroke: {colour}; stroke-width: 0.6; stroke-linejoin: round"
             paths.append(f'<path style="{style}" d="{path}"/>')
     return paths
 
 
-def above(cell: Sequence[Corner], level: float) -> list[Point]:
+def _above(cell: Sequence[Corner], level: float) -> list[Point]:
     """The part of a triangle where its loss, interpolated linearly, is `level` at least, as a polygon."""
     shape: list[Point] = []
     for (x, y, value), (next_x, next_y, next_value) in zip(cell, [*cell[1:], cell[0]], strict=True):
@@ -273,7 +273,7 @@ def above(cell: Sequence[Corner], level: float) -> list[Point]:
     return shape
 
 
-def band_colour(band: int, bands: int) -> str:
+def _band_colour(band: int, bands: int) -> str:
     """The colour of a band: the scale's ends are those of viridis."""
     place = (len(VIRIDIS) - 1) * (band / (bands - 1) if bands > 1 else 0.5)
     first = min(int(place), len(VIRIDIS) - 2)
@@ -284,31 +284,31 @@ def band_colour(band: int, bands: int) -> str:
 # ---- what stands on them
 
 
-def colour_of(name: str) -> str:
+def _colour_of(name: str) -> str:
     """A colour of the page, or the light page's where the picture stands alone."""
     return f"var({css_name(name)}, {LIGHT[name]})"
 
 
-def write(
+def _write(
     x: float, y: float, words: str, size: float, *, anchor: str = "middle", bold: bool = False, over: bool = False
 ) -> str:
     """A `<text>`; `over` sets it off from the bands below it."""
-    style = TEXT.format(size=f"{size:g}", colour=colour_of("text")) + ("; font-weight: 600" if bold else "")
+    style = TEXT.format(size=f"{size:g}", colour=_colour_of("text")) + ("; font-weight: 600" if bold else "")
     if over:
-        style += f"; stroke: {colour_of('paper')}; stroke-width: 3; stroke-linejoin: round; paint-order: stroke"
+        style += f"; stroke: {_colour_of('paper')}; stroke-width: 3; stroke-linejoin: round; paint-order: stroke"
     return (
         f'<text x="{chart.number(x)}" y="{chart.number(y)}" text-anchor="{anchor}" style="{style}">'
         f"{Markup.escape(words)}</text>"
     )
 
 
-def dot(x: float, y: float, radius: float) -> str:
+def _dot(x: float, y: float, radius: float) -> str:
     """A measured place."""
-    style = f"fill: {colour_of('paper')}; stroke: {colour_of('text')}; stroke-width: 0.8"
+    style = f"fill: {_colour_of('paper')}; stroke: {_colour_of('text')}; stroke-width: 0.8"
     return f'<circle cx="{chart.number(x)}" cy="{chart.number(y)}" r="{radius:g}" style="{style}"/>'
 
 
-def short_value(places: Places, index: int) -> str:
+def _short_value(places: Places, index: int) -> str:
     """The accuracy of a place, or its loss where targets are no classes."""
     accuracy, loss = places.accuracies[index], places.losses[index]
     if accuracy is not None:
@@ -316,24 +316,24 @@ def short_value(places: Places, index: int) -> str:
     return "–" if loss is None else signed(f"{loss:.3g}")
 
 
-def name_corners(places: Places) -> list[str]:
+def _name_corners(places: Places) -> list[str]:
     """The letters of the models, with their accuracies."""
     vertex = {place.index(1.0): i for i, place in enumerate(places.coefficients) if 1.0 in place}
     (ax, ay), (bx, by), (cx, cy) = CORNERS
     spots = ((ax, ay + 15, "middle"), (bx, by + 15, "middle"), (cx, cy - 9, "middle"))
     return [
-        write(max(x, 30.0), y, f"{name} {short_value(places, vertex[m])}", 9.5, anchor=anchor, bold=True)
+        _write(max(x, 30.0), y, f"{name} {_short_value(places, vertex[m])}", 9.5, anchor=anchor, bold=True)
         for m, (name, (x, y, anchor)) in enumerate(zip(NAMES, spots, strict=True))
     ]
 
 
-def mark_centre_and_rise(places: Places, points: Sequence[Point], edges: Sequence[float]) -> list[str]:
+def _mark_centre_and_rise(places: Places, points: Sequence[Point], edges: Sequence[float]) -> list[str]:
     """The centre, ringed, with its accuracy, and the largest rise above the vertices' own losses where it stands."""
     parts = []
-    centre = centre_of(places)
+    centre = _centre_of(places)
     if centre is not None:
         x, y = points[centre]
-        parts += [dot(x, y, 3.4), write(x, y - 8, short_value(places, centre), 9.5, bold=True, over=True)]
+        parts += [_dot(x, y, 3.4), _write(x, y - 8, _short_value(places, centre), 9.5, bold=True, over=True)]
     vertices = {place.index(1.0): places.losses[i] for i, place in enumerate(places.coefficients) if 1.0 in place}
     known = [vertices[m] for m in range(3)]
     first, second, third = known
@@ -347,28 +347,30 @@ def mark_centre_and_rise(places: Places, points: Sequence[Point], edges: Sequenc
     rise, top = max(rises)
     if rise >= SMALLEST_RISE * (edges[-1] - edges[0]) and rise > 0:
         x, y = points[top]
-        parts.append(write(x, y + 14, f"+{rise:.2f}", 9.0, over=True))
+        parts.append(_write(x, y + 14, f"+{rise:.2f}", 9.0, over=True))
     return parts
 
 
-def draw_scale(edges: Sequence[float]) -> list[str]:
+def _draw_scale(edges: Sequence[float]) -> list[str]:
     """The bands' colours beside the triangle, the highest loss above, with the losses where they change."""
     left, top, width, height = BAR
     bands = len(edges) - 1
     step = height / bands
-    parts = [write(left - 2, top - 9, "Loss", 9.5, anchor="start")]
+    parts = [_write(left - 2, top - 9, "Loss", 9.5, anchor="start")]
     for band in range(bands):
         y = top + height - (band + 1) * step
-        style = f"fill: {band_colour(band, bands)}"
+        style = f"fill: {_band_colour(band, bands)}"
         parts.append(f'<rect x="{left:g}" y="{y:.1f}" width="{width:g}" height="{step:.1f}" style="{style}"/>')
-    style = f"fill: none; stroke: {colour_of('axis')}; stroke-width: 0.8"
+    style = f"fill: none; stroke: {_colour_of('axis')}; stroke-width: 0.8"
     parts.append(f'<rect x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}" style="{style}"/>')
     if edges[0] == edges[-1]:
         return [
             *parts,
-            write(left + width + 5, top + height / 2 + 3.2, chart.label(float(f"{edges[0]:.4g}")), 9.0, anchor="start"),
+            _write(
+                left + width + 5, top + height / 2 + 3.2, chart.label(float(f"{edges[0]:.4g}")), 9.0, anchor="start"
+            ),
         ]
     for index, edge in enumerate(edges):
         y = top + height - index * step
-        parts.append(write(left + width + 5, y + 3.2, chart.label(edge), 9.0, anchor="start"))
+        parts.append(_write(left + width + 5, y + 3.2, chart.label(edge), 9.0, anchor="start"))
     return parts

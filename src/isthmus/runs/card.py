@@ -11,7 +11,7 @@ def spoken(name: str) -> str:
     return name.replace("_", " ")
 
 
-def percent(value: float) -> str:
+def _percent(value: float) -> str:
     """A share as text."""
     return f"{100 * value:.1f} %"
 
@@ -32,11 +32,11 @@ def verdict(report: Mapping[str, Any]) -> str:
     merged, mean = scores["merged"]["accuracy"], sum(parents) / len(parents)
     naive = (scores["naive_mended"] or scores["naive"])["accuracy"]
     gap = 100 * (merged - mean)
-    named = " and ".join(percent(p) for p in parents) if models == 2 else f"{percent(mean)} on average"
+    named = " and ".join(_percent(p) for p in parents) if models == 2 else f"{_percent(mean)} on average"
     text = (
-        f"{models} models with {named} became one with {percent(merged)} on {report['data']['name']} "
+        f"{models} models with {named} became one with {_percent(merged)} on {report['data']['name']} "
         f"({report['data']['score_split']}), {abs(gap):.1f} points {'above' if gap >= 0 else 'below'} their mean; "
-        f"averaged without alignment it has {percent(naive)}."
+        f"averaged without alignment it has {_percent(naive)}."
     )
     curves: Sequence[Mapping[str, Any]] = report.get("curves") or ()
     if curves:
@@ -59,7 +59,7 @@ def model_card(recipe: Recipe, report: Mapping[str, Any]) -> str:
         named += [("**this model**", scores["merged"])]
         for name, score in named:
             if score is not None:
-                accuracy = "–" if score["accuracy"] is None else percent(score["accuracy"])
+                accuracy = "–" if score["accuracy"] is None else _percent(score["accuracy"])
                 rows.append(f"| {name} | {accuracy} | {score['loss']:.4f} |")
     parents = "\n".join(f"- `{entry['path']}` (sha256 `{entry['sha256'][:12]}…`)" for entry in report["models"])
     data = report["data"]
@@ -84,14 +84,14 @@ this model again.
 ## How to load it
 
 ```python
-{loading(recipe, report)}
+{_loading(recipe, report)}
 ```
 
 Open `report.html` for the figures and plots.
 """
 
 
-def loading(recipe: Recipe, report: Mapping[str, Any]) -> str:
+def _loading(recipe: Recipe, report: Mapping[str, Any]) -> str:
     """The lines of Python that load the model of a run folder."""
     name = report.get("transformers_class")
     if name:

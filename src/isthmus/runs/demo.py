@@ -17,7 +17,7 @@ SEEDS = (0, 1)
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """Runs torch on one thread: networks this small gain nothing from more, and lose much where cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@one_thread()
+@_one_thread()
 def run_demo(out: Path, say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Trains two small networks on digits, merges them into a run folder, and returns its report.
 

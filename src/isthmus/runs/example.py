@@ -48,7 +48,7 @@ def parse_input(text: str) -> tuple[InputShape, ...]:
     Raises:
         InputError: It is none.
     """
-    found = tuple(parse_one(text, item.strip()) for item in text.split(";"))
+    found = tuple(_parse_one(text, item.strip()) for item in text.split(";"))
     names = [each.name for each in found if each.name is not None]
     if len(set(names)) < len(names):
         raise InputError(f"--input {text!r}: a name stands there twice; give every input once")
@@ -57,7 +57,7 @@ def parse_input(text: str) -> tuple[InputShape, ...]:
     return found
 
 
-def parse_one(text: str, item: str) -> InputShape:
+def _parse_one(text: str, item: str) -> InputShape:
     """One of the inputs in a text.
 
     Raises:
@@ -97,22 +97,22 @@ def example_input(model: nn.Module, wanted: Sequence[int] | str | None, data: Da
     reference = next((t for t in model.state_dict().values() if t.is_floating_point()), torch.zeros(()))
     if wanted is not None:
         inputs = parse_input(wanted) if isinstance(wanted, str) else (InputShape(None, tuple(wanted)),)
-        batch, assumed = drawn(model, inputs, reference)
-        if failure := why_not(model, batch):
-            raise InputError(f"the model does not run on --input {spoken_shapes(batch)} ({failure}): give another")
+        batch, assumed = _drawn(model, inputs, reference)
+        if failure := _why_not(model, batch):
+            raise InputError(f"the model does not run on --input {_spoken_shapes(batch)} ({failure}): give another")
         return batch, assumed
     if data is not None:
-        return from_data(model, data, reference), ""
+        return _from_data(model, data, reference), ""
     tried = ""
-    for batch, assumed in candidates(model, reference):
-        failure = why_not(model, batch)
+    for batch, assumed in _candidates(model, reference):
+        failure = _why_not(model, batch)
         if not failure:
             return batch, assumed
-        tried = tried or f"; on {spoken_shapes(batch)} it does not ({failure})"
+        tried = tried or f"; on {_spoken_shapes(batch)} it does not ({failure})"
     raise InputError(f"no input is known on which the model runs{tried}: give --input, such as {SYNTAX}, or --data")
 
 
-def from_data(model: nn.Module, data: DataSet, reference: Tensor) -> Batch:
+def _from_data(model: nn.Module, data: DataSet, reference: Tensor) -> Batch:
     """The first samples of the data's test part.
 
     Raises:
@@ -120,9 +120,9 @@ def from_data(model: nn.Module, data: DataSet, reference: Tensor) -> Batch:
     """
     for samples in (SAMPLES + 1, SAMPLES):
         batch = as_batch(next(iter(data.test(samples)))[0]).to(reference.device, reference.dtype)
-        if failure := why_not(model, batch):
+        if failure := _why_not(model, batch):
             few = batch.head(SAMPLES)
-            if samples > SAMPLES and len(few.args[0]) < len(batch.args[0]) and not why_not(model, few):
+            if samples > SAMPLES and len(few.args[0]) < len(batch.args[0]) and not _why_not(model, few):
                 raise DataError(
                     f"the model runs on {SAMPLES} samples of {data.name} and not on {samples} ({failure}): "
                     "export it with a dynamic batch size"
@@ -133,12 +133,12 @@ def from_data(model: nn.Module, data: DataSet, reference: Tensor) -> Batch:
     return batch
 
 
-def candidates(model: nn.Module, reference: Tensor) -> Iterator[tuple[Batch, str]]:
+def _candidates(model: nn.Module, reference: Tensor) -> Iterator[tuple[Batch, str]]:
     """Inputs to try, best first, and what was assumed to make each."""
     generator = torch.Generator().manual_seed(0)
     stated = sample_shape(model)
     if stated is not None:
-        yield drawn(model, (InputShape(None, stated),), reference)
+        yield _drawn(model, (InputShape(None, stated),), reference)
         return
     own = exported.example_inputs(model)
     if own is not None:
@@ -148,18 +148,18 @@ def candidates(model: nn.Module, reference: Tensor) -> Iterator[tuple[Batch, str
         found = hugging_face.example_inputs(model, SAMPLES, generator)
         for index, named in enumerate(found):
             batch = Batch((), named).to(reference.device, reference.dtype)
-            assumed = f"inputs {spoken_shapes(batch)}, from the model's configuration"
+            assumed = f"inputs {_spoken_shapes(batch)}, from the model's configuration"
             yield batch, assumed + (", leaving out others that it can read" if index else "")
         return
     weight = next((t for t in model.state_dict().values() if t.ndim >= 2), None)
     for rest in USUAL_SHAPES.get(weight.ndim, ()) if weight is not None else ():
         assert weight is not None
         shape = (weight.shape[1], *rest)
-        batch, _ = drawn(model, (InputShape(None, shape),), reference)
+        batch, _ = _drawn(model, (InputShape(None, shape),), reference)
         yield batch, f"inputs of shape {shape}, from the first weight's shape {tuple(weight.shape)}"
 
 
-def drawn(model: nn.Module, inputs: Sequence[InputShape], reference: Tensor) -> tuple[Batch, str]:
+def _drawn(model: nn.Module, inputs: Sequence[InputShape], reference: Tensor) -> tuple[Batch, str]:
     """Random inputs as they were asked for, on the device of `reference`, and what was assumed of integers' range.
 
     Numbers of no stated kind are of the dtype of `reference`.
@@ -190,7 +190,7 @@ def drawn(model: nn.Module, inputs: Sequence[InputShape], reference: Tensor) -> 
     return Batch(tuple(args), kwargs), assumed
 
 
-def why_not(model: nn.Module, batch: Batch) -> str:
+def _why_not(model: nn.Module, batch: Batch) -> str:
     """Why the model does not run on a batch, in one line; empty where it does.
 
     A model whose parameters have no numbers is captured instead.
@@ -214,7 +214,7 @@ def sample_shapes(batch: Batch) -> dict[str, list[int]]:
     return {name: list(value.shape[1:]) for name, value in named.items() if isinstance(value, Tensor)}
 
 
-def spoken_shapes(batch: Batch) -> str:
+def _spoken_shapes(batch: Batch) -> str:
     """The shapes of one sample in running text, such as `3,32,32` or `input_ids=16:int64`."""
     parts = []
     for name, value in [(None, x) for x in batch.args] + list(batch.kwargs.items()):

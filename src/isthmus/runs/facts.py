@@ -98,7 +98,7 @@ def describe_symmetry(symmetry: Symmetry, alignment: Alignment | None = None) ->
                 "sites": [
                     {"parameter": site.parameter, "dims": list(site.dims), "role": site.role} for site in space.sites
                 ],
-                "moved": None if alignment is None else moved_shares(alignment, space.name),
+                "moved": None if alignment is None else _moved_shares(alignment, space.name),
             }
             for space in symmetry
         ],
@@ -109,7 +109,7 @@ def describe_symmetry(symmetry: Symmetry, alignment: Alignment | None = None) ->
     }
 
 
-def moved_shares(alignment: Alignment, name: str) -> list[float | None]:
+def _moved_shares(alignment: Alignment, name: str) -> list[float | None]:
     """For every model, the share of a space's units that do not stay where they were; None under a linear map."""
     shares: list[float | None] = []
     space = alignment.symmetry[name]

@@ -56,7 +56,7 @@ def save_hugging_face(model: nn.Module, recipe: Recipe, folder: Path, gained_bia
         path.rename(folder / path.name)
     shutil.rmtree(written)
     dtype = next(str(p.dtype) for p in model.parameters() if p.is_floating_point()).removeprefix("torch.")
-    config = with_dtype(json.loads((home / CONFIG).read_text(encoding="utf-8")), dtype)
+    config = _with_dtype(json.loads((home / CONFIG).read_text(encoding="utf-8")), dtype)
     write_text(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     left_out = []
     folders = dict.fromkeys(path for member in recipe.models if (path := Path(member.model)).is_dir())
@@ -69,12 +69,12 @@ def save_hugging_face(model: nn.Module, recipe: Recipe, folder: Path, gained_bia
     return left_out
 
 
-def with_dtype(config: Any, dtype: str) -> Any:
+def _with_dtype(config: Any, dtype: str) -> Any:
     """A configuration, and those inside it, with another dtype where they name one."""
     if not isinstance(config, dict):
         return config
     named = {key: dtype for key in ("dtype", "torch_dtype") if key in config}
-    return {key: with_dtype(value, dtype) for key, value in config.items()} | named
+    return {key: _with_dtype(value, dtype) for key, value in config.items()} | named
 
 
 def write_run(folder: Path, recipe: Recipe, report: Mapping[str, Any]) -> None:

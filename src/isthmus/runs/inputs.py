@@ -51,10 +51,10 @@ def load_inputs(recipe: Recipe) -> Inputs:
     """
     with torch.random.fork_rng([]):  # the caller's random state stays as it is
         torch.manual_seed(recipe.seed)
-        return read_inputs(recipe)
+        return _read_inputs(recipe)
 
 
-def read_inputs(recipe: Recipe) -> Inputs:
+def _read_inputs(recipe: Recipe) -> Inputs:
     """As `load_inputs`, drawing from the global random state."""
     architecture = load_model(recipe.architecture).eval()
     states = []

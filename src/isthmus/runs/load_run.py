@@ -76,9 +76,9 @@ def load_run(folder: Path) -> Run:
     alignment = Alignment.load(folder / "alignment.safetensors", symmetry)
     if gained := report.get("gained_biases"):
         # With zeros in the same places the models compute what they did, in the graph of the network that came out.
-        inputs.models = [with_biases(model, gained) for model in inputs.models]
+        inputs.models = [_with_biases(model, gained) for model in inputs.models]
         symmetry = trace(inputs.models[0], *example.args, kwargs=example.kwargs)
-        alignment = carried_over(alignment, symmetry)
+        alignment = _carried_over(alignment, symmetry)
     merged = load_module(folder / "model.safetensors", inputs.models[0])
     plain = merge(inputs.models, None, "mean", recipe.coefficients)
     framed = merge(inputs.models, alignment, configure("average", "mean", AVERAGES), recipe.coefficients)
@@ -102,7 +102,7 @@ def load_run(folder: Path) -> Run:
     )
 
 
-def with_biases(model: nn.Module, names: list[str]) -> nn.Module:
+def _with_biases(model: nn.Module, names: list[str]) -> nn.Module:
     """A copy of the model with biases of zeros where a repair has put some.
 
     Raises:
@@ -120,7 +120,7 @@ def with_biases(model: nn.Module, names: list[str]) -> nn.Module:
     return grown
 
 
-def carried_over(alignment: Alignment, symmetry: Symmetry) -> Alignment:
+def _carried_over(alignment: Alignment, symmetry: Symmetry) -> Alignment:
     """The same transforms, on the symmetry of models that have more tensors and the same spaces.
 
     Raises:

@@ -76,7 +76,7 @@ class Recipe(Strict):
         own = [member.parameters.get("weight", 1.0) for member in self.models]
         numbers = [weight if isinstance(weight, dict) else {"": weight} for weight in own]
         paths = dict.fromkeys(["", *(path for each in numbers for path in each)])
-        weights = {path: [weight_at(each, path) for each in numbers] for path in paths}
+        weights = {path: [_weight_at(each, path) for each in numbers] for path in paths}
         return None if len(weights) == 1 and len(set(weights[""])) == 1 else weights
 
     def check(self) -> None:
@@ -112,7 +112,7 @@ class Recipe(Strict):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def weight_at(weights: Mapping[str, float], path: str) -> float:
+def _weight_at(weights: Mapping[str, float], path: str) -> float:
     """A model's weight at a module path: that of the longest path given that it lies in, else 1."""
     above = [given for given in weights if not given or lies_in(path, given)]
     return weights[max(above, key=len)] if above else 1.0
@@ -134,12 +134,12 @@ def read_recipe(path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: {explain(error, content)}") from error
+        raise InputError(f"{path}: {_explain(error, content)}") from error
     recipe.check()
     return recipe
 
 
-def explain(error: ValidationError, content: Mapping[str, Any]) -> str:
+def _explain(error: ValidationError, content: Mapping[str, Any]) -> str:
     """The first thing wrong with a recipe, in one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])

@@ -30,7 +30,7 @@ def run_align(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
         start = time.perf_counter()
         inputs = load_inputs(recipe)
         symmetry, proof, alignment = prepare(recipe, inputs)
-        names = aligned_names([member.model for member in recipe.models])
+        names = _aligned_names([member.model for member in recipe.models])
         if is_hugging_face(inputs.architecture):
             names = [name.removesuffix(".safetensors") for name in names]
         for index, (model, name) in enumerate(zip(inputs.models, names, strict=True)):
@@ -56,7 +56,7 @@ def run_align(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
     return report
 
 
-def aligned_names(paths: Sequence[str]) -> list[str]:
+def _aligned_names(paths: Sequence[str]) -> list[str]:
     """A file name for every aligned model: the source's own where they differ, numbered where not."""
     stems = [Path(path).stem if Path(path).suffix else Path(path).name for path in paths]
     if len(set(stems)) == len(stems) and "alignment" not in stems:

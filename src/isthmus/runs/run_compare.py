@@ -72,14 +72,14 @@ def run_compare(
         "proof": describe_proof(proof),
         "free_units": symmetry.free_units,
         "split": split,
-        "cycles": [walk_cycles(each, inputs, symmetry, scored, recipe.seed) for each in chosen],
+        "cycles": [_walk_cycles(each, inputs, symmetry, scored, recipe.seed) for each in chosen],
         "seconds": time.perf_counter() - start,
         "comparison": comparison.to_dict(),
         "table": comparison.to_markdown(),
     }
 
 
-def walk_cycles(method: Match, inputs: Inputs, symmetry: Symmetry, scored: Any, seed: int) -> dict[str, Any]:
+def _walk_cycles(method: Match, inputs: Inputs, symmetry: Symmetry, scored: Any, seed: int) -> dict[str, Any]:
     """A method's cycle error, and the rise of loss and error half way between every two of the models it moved."""
     error = cycle_error(inputs.models, symmetry, method, inputs.calibration, seed)
     alignment = align(inputs.models, symmetry, method, inputs.calibration, seed)

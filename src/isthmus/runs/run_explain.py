@@ -93,8 +93,8 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
     assert run.inputs.calibration is not None
     scored = run.inputs.data.test(run.inputs.calibration.batch_size, seed=run.recipe.seed).take(wishes.images)
     units = measure_units(run.parents, run.alignment, run.merged, scored, naive=run.naive)
-    ratios = variance_ratios(run, units, scored)
-    gallery = draw(run, units, scored, wishes)
+    ratios = _variance_ratios(run, units, scored)
+    gallery = _draw(run, units, scored, wishes)
     pair = len(run.inputs.models) == 2
     spectra = (
         measure_spectra(run.inputs.models, run.alignment, run.merged, run.inputs.calibration, run.symmetry)
@@ -112,17 +112,17 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
         "threshold": next(iter(units.spaces.values())).threshold if units.spaces else None,
         "spaces": [describe_space(own, ratios[name], gallery) for name, own in units.spaces.items()],
         "skipped": dict(units.skipped),
-        "not_drawn": not_drawn(run, units, wishes),
+        "not_drawn": _not_drawn(run, units, wishes),
         "spectra": None if spectra is None else describe_spectra(spectra),
         **(
-            judge(run, spectra, scored)
+            _judge(run, spectra, scored)
             if pair and wishes.claims and spectra is not None
             else {"taylor": None, "claims": []}
         ),
         "questions": [
             claim.to_dict() for claim in answer_questions(units.spaces, ratios, repaired=bool(run.report.get("repair")))
         ],
-        "cka": compare_layers(run, scored),
+        "cka": _compare_layers(run, scored),
         "options": asdict(wishes),
     }
     told["seconds"] = time.perf_counter() - start
@@ -144,7 +144,7 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
     return report
 
 
-def variance_ratios(run: Run, units: Units, scored: Batches) -> dict[str, dict[str, float | None]]:
+def _variance_ratios(run: Run, units: Units, scored: Batches) -> dict[str, dict[str, float | None]]:
     """By space, the variance of merged units over their models': naive and aligned before repair, and of the result."""
     count = len(run.inputs.models)
     bare = {
@@ -163,7 +163,7 @@ def variance_ratios(run: Run, units: Units, scored: Batches) -> dict[str, dict[s
     return found
 
 
-def draw(run: Run, units: Units, scored: Batches, wishes: Wishes) -> Gallery | None:
+def _draw(run: Run, units: Units, scored: Batches, wishes: Wishes) -> Gallery | None:
     """The gallery; None where the networks take no images, or none is wished for.
 
     Spaces whose units a linear map mixes are left out, unless there are no others.
@@ -190,7 +190,7 @@ def draw(run: Run, units: Units, scored: Batches, wishes: Wishes) -> Gallery | N
     )
 
 
-def not_drawn(run: Run, units: Units, wishes: Wishes) -> str | None:
+def _not_drawn(run: Run, units: Units, wishes: Wishes) -> str | None:
     """Why units are not drawn that the wishes ask for, in a sentence; None if all can be."""
     if not wishes.units or not units.spaces:
         return None
@@ -205,7 +205,7 @@ def not_drawn(run: Run, units: Units, wishes: Wishes) -> str | None:
     )
 
 
-def compare_layers(run: Run, scored: Batches) -> list[dict[str, Any]]:
+def _compare_layers(run: Run, scored: Batches) -> list[dict[str, Any]]:
     """CKA between the layers of the first two models, and of each with the merged network."""
     names = ("A", "B")
     networks = {"A": run.inputs.models[0], "B": run.inputs.models[1], MERGED: run.merged}
@@ -217,7 +217,7 @@ def compare_layers(run: Run, scored: Batches) -> list[dict[str, Any]]:
     return found
 
 
-def judge(run: Run, spectra: Spectra, scored: Batches) -> dict[str, Any]:
+def _judge(run: Run, spectra: Spectra, scored: Batches) -> dict[str, Any]:
     """The Taylor estimate and the verdicts on the claims, for which the models are matched in three ways."""
     calibration = run.inputs.calibration
     assert calibration is not None

@@ -21,7 +21,7 @@ from isthmus.tracing.proof import verify
 from isthmus.tracing.trace import trace
 
 
-def build_example(
+def _build_example(
     architecture: str, shape: Sequence[int] | str | None, data: Data | None, *, weights: bool
 ) -> tuple[nn.Module, Batch, str]:
     """A model, inputs on which it runs, and what was assumed to make these.
@@ -48,7 +48,7 @@ def build_example(
     except IsthmusError:
         if weights:
             raise
-        return build_example(architecture, shape, data, weights=True)
+        return _build_example(architecture, shape, data, weights=True)
 
 
 def inspect_model(
@@ -65,7 +65,7 @@ def inspect_model(
         ModelError: The model cannot be built.
         TraceError: The model cannot be captured.
     """
-    model, example, assumed = build_example(architecture, shape, data, weights=prove)
+    model, example, assumed = _build_example(architecture, shape, data, weights=prove)
     start = time.perf_counter()
     symmetry = trace(model, *example.args, kwargs=example.kwargs)
     traced = time.perf_counter() - start

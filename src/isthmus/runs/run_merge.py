@@ -65,7 +65,7 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
         mended = mend(merged, recipe, inputs, alignment)
         if recipe.out_dtype is not None:
             mended = mended.to(getattr(torch, recipe.out_dtype))
-        scores, curves, simplex = measure(recipe, inputs, alignment, merged, mended)
+        scores, curves, simplex = _measure(recipe, inputs, alignment, merged, mended)
         report = {
             **provenance(recipe, inputs, command),
             "method": describe_alignment(recipe, alignment),
@@ -96,7 +96,7 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
     return report
 
 
-def measure(
+def _measure(
     recipe: Recipe, inputs: Inputs, alignment: Alignment, merged: nn.Module, mended: nn.Module
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None, dict[str, Any] | None]:
     """Scores of parents, ensemble, naive average and result on the test split, curves, and the simplex of three.

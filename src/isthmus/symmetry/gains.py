@@ -49,19 +49,19 @@ def fold_state(state: Mapping[str, Tensor], symmetry: Symmetry) -> dict[str, Ten
         factor = widened(folded[gain.parameter]) + gain.offset
         shift = None if gain.bias is None else widened(folded[gain.bias])
         if shift is not None and shift.any():
-            fold_shift(folded, gain, factor, shift)
+            _fold_shift(folded, gain, factor, shift)
         if bool((factor == 1).all()):
             continue
         for consumer in gain.consumers:
             weight = folded[consumer.weight]
-            scaled = widened(weight) * along(factor, consumer, weight)
+            scaled = widened(weight) * _along(factor, consumer, weight)
             folded[consumer.weight] = scaled.to(weight.dtype)
         folded[gain.parameter] = torch.full_like(folded[gain.parameter], 1 - gain.offset)
     symmetry.tie(folded)
     return folded
 
 
-def fold_shift(folded: dict[str, Tensor], gain: Gain, factor: Tensor, shift: Tensor) -> None:
+def _fold_shift(folded: dict[str, Tensor], gain: Gain, factor: Tensor, shift: Tensor) -> None:
     """Moves a shift into the consumers' biases, or, where one has none, in front of the gain; changes `folded`."""
     assert gain.bias is not None
     old = folded[gain.bias]
@@ -83,6 +83,6 @@ def fold_shift(folded: dict[str, Tensor], gain: Gain, factor: Tensor, shift: Ten
     folded[gain.bias] = torch.where(shift == 0, shift, shift / torch.where(shift == 0, 1, factor)).to(old.dtype)
 
 
-def along(factor: Tensor, consumer: Consumer, weight: Tensor) -> Tensor:
+def _along(factor: Tensor, consumer: Consumer, weight: Tensor) -> Tensor:
     """The factors laid along the dimension that a consumer sums over."""
     return factor.reshape([-1 if d == consumer.dim else 1 for d in range(weight.ndim)])

@@ -38,15 +38,15 @@ def rescaled(state: Mapping[str, Tensor], symmetry: Symmetry, factors: Factors) 
     for name, factor in factors.items():
         for site in symmetry[name].sites:
             own = factor if site.role == "vector" else 1 / factor
-            result[site.parameter] = rescale_site(result[site.parameter], site, own)
+            result[site.parameter] = _rescale_site(result[site.parameter], site, own)
     symmetry.tie(result)
     return result
 
 
-def rescale_site(tensor: Tensor, site: Site, factor: Float[Tensor, "copies size"]) -> Tensor:
+def _rescale_site(tensor: Tensor, site: Site, factor: Float[Tensor, "copies size"]) -> Tensor:
     """The tensor with one factor for each unit of a site."""
     each = factor.reshape(-1, 1).expand(-1, site.positions.shape[2]).reshape(-1, 1)
-    return change_rows(tensor, site, lambda rows: rows * each.to(rows))
+    return _change_rows(tensor, site, lambda rows: rows * each.to(rows))
 
 
 def turned(state: Mapping[str, Tensor], symmetry: Symmetry, turns: Turns) -> dict[str, Tensor]:
@@ -63,22 +63,22 @@ def turned(state: Mapping[str, Tensor], symmetry: Symmetry, turns: Turns) -> dic
             turn = turns[gauge.space]
             for site in gauge.sites:
                 own = turn if site.role == "vector" else torch.linalg.inv(turn).mT
-                result[site.parameter] = turn_site(result[site.parameter], site, own)
+                result[site.parameter] = _turn_site(result[site.parameter], site, own)
     symmetry.tie(result)
     return result
 
 
-def turn_site(tensor: Tensor, site: Site, turn: Float[Tensor, "copies pairs 2 2"]) -> Tensor:
+def _turn_site(tensor: Tensor, site: Site, turn: Float[Tensor, "copies pairs 2 2"]) -> Tensor:
     """The tensor with every pair of units at a site turned."""
 
     def act(rows: Tensor) -> Tensor:
         pairs = rows.reshape(*turn.shape[:2], -1, 2, rows[0].numel())
         return torch.einsum("cpij,cpmjx->cpmix", turn.to(rows), pairs).reshape(rows.shape)
 
-    return change_rows(tensor, site, act)
+    return _change_rows(tensor, site, act)
 
 
-def change_rows(tensor: Tensor, site: Site, act: Callable[[Tensor], Tensor]) -> Tensor:
+def _change_rows(tensor: Tensor, site: Site, act: Callable[[Tensor], Tensor]) -> Tensor:
     """The tensor with its rows at a site changed, in at least float32."""
     flat = to_front(tensor, site.dims).to(torch.promote_types(tensor.dtype, torch.float32)).clone()
     where = torch.from_numpy(site.positions.reshape(-1)).to(tensor.device)
@@ -86,7 +86,7 @@ def change_rows(tensor: Tensor, site: Site, act: Callable[[Tensor], Tensor]) -> 
     return from_front(flat, tensor.shape, site.dims).to(tensor.dtype)
 
 
-def turns_by(
+def _turns_by(
     angle: Float[Tensor, "copies pairs"], scale: Float[Tensor, "copies pairs"]
 ) -> Float[Tensor, "copies pairs 2 2"]:
     """The matrices that turn by an angle, in radians, and scale."""
@@ -102,7 +102,7 @@ def random_turns(symmetry: Symmetry, rng: np.random.Generator) -> dict[str, Tens
             shape = gauge.sites[0].positions.shape[:2]
             angle = torch.from_numpy(rng.uniform(-np.pi, np.pi, size=shape))
             scale = torch.from_numpy(np.exp(rng.uniform(-np.log(WIDEST), np.log(WIDEST), size=shape)))
-            found[gauge.space] = turns_by(angle, scale)
+            found[gauge.space] = _turns_by(angle, scale)
     return found
 
 
@@ -154,44 +154,44 @@ def canonicalise(model: nn.Module, symmetry: Symmetry) -> nn.Module:
     for _ in range(MOST_SWEEPS):
         largest = 0.0
         for space in scales:
-            factor = balancing_factors(wide, space)
+            factor = _balancing_factors(wide, space)
             largest = max(largest, float((factor - 1).abs().max()))
             wide = rescaled(wide, symmetry, {space.name: factor})
         if largest <= BALANCED:
             break
     for space in signs:
-        wide = rescaled(wide, symmetry, {space.name: leading_signs(wide, space)})
-    wide = turned(wide, symmetry, {gauge.space: leading_turns(wide, gauge) for gauge in rotations})
+        wide = rescaled(wide, symmetry, {space.name: _leading_signs(wide, space)})
+    wide = turned(wide, symmetry, {gauge.space: _leading_turns(wide, gauge) for gauge in rotations})
     result = copy.deepcopy(model)
     result.load_state_dict({name: wide[name].to(old.dtype) for name, old in state.items()})
     return result
 
 
-def unit_rows(tensor: Tensor, site: Site) -> Float[Tensor, "copies size numbers"]:
+def _unit_rows(tensor: Tensor, site: Site) -> Float[Tensor, "copies size numbers"]:
     """A tensor's numbers at a site, those of one unit in a row."""
     copies, size, _ = site.positions.shape
     where = torch.from_numpy(site.positions.reshape(-1)).to(tensor.device)
     return to_front(tensor, site.dims)[where].reshape(copies, size, -1)
 
 
-def balancing_factors(state: Mapping[str, Tensor], space: Space) -> Float[Tensor, "copies size"]:
+def _balancing_factors(state: Mapping[str, Tensor], space: Space) -> Float[Tensor, "copies size"]:
     """The factors that make the norm of what writes each unit that of what reads it; one where either is zero."""
     squares = {"vector": torch.zeros(()), "covector": torch.zeros(())}
     for site in space.sites:
-        squares[site.role] = squares[site.role] + unit_rows(state[site.parameter], site).square().sum(dim=2)
+        squares[site.role] = squares[site.role] + _unit_rows(state[site.parameter], site).square().sum(dim=2)
     written, read = squares["vector"], squares["covector"]
     alive = (written > 0) & (read > 0)
     return torch.where(alive, read / torch.where(alive, written, 1), 1).double() ** 0.25
 
 
-def leading_signs(state: Mapping[str, Tensor], space: Space) -> Float[Tensor, "copies size"]:
+def _leading_signs(state: Mapping[str, Tensor], space: Space) -> Float[Tensor, "copies size"]:
     """The sign of the largest number that writes each unit; one where all are zero."""
-    rows = torch.cat([unit_rows(state[s.parameter], s) for s in space.sites if s.role == "vector"], dim=2)
+    rows = torch.cat([_unit_rows(state[s.parameter], s) for s in space.sites if s.role == "vector"], dim=2)
     leading = rows.gather(2, rows.abs().argmax(dim=2, keepdim=True)).squeeze(2)
     return torch.where(leading < 0, -1.0, 1.0).double()
 
 
-def leading_turns(state: Mapping[str, Tensor], gauge: Gauge) -> Float[Tensor, "copies pairs 2 2"]:
+def _leading_turns(state: Mapping[str, Tensor], gauge: Gauge) -> Float[Tensor, "copies pairs 2 2"]:
     """The turns and scales that make pairs of queries and keys canonical; pairs that are zero in either stay."""
     sides: dict[str, Tensor] = {}
     for role in ("vector", "covector"):
@@ -210,4 +210,4 @@ def leading_turns(state: Mapping[str, Tensor], gauge: Gauge) -> Float[Tensor, "c
     angle = -z.square().sum(dim=2).angle() / 2
     behind = (z.sum(dim=2) * torch.polar(torch.ones_like(angle), angle)).real < 0
     angle = torch.where(behind, angle + torch.pi, angle)
-    return turns_by(torch.where(alive, angle, 0), scale)
+    return _turns_by(torch.where(alive, angle, 0), scale)

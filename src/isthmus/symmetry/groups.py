@@ -21,25 +21,25 @@ def random_element(space: Space, rng: np.random.Generator) -> Transform:
     """A random element of a space's group, one a copy: uniform, but for invertible maps, which are well-conditioned."""
     if space.group is Group.PERMUTATION:
         return Permutation.random(space, rng)
-    maps = [random_matrix(space.group, space.size, rng) for _ in range(space.copies)]
+    maps = [_random_matrix(space.group, space.size, rng) for _ in range(space.copies)]
     into = torch.from_numpy(np.stack(maps))
     if space.group is Group.INVERTIBLE:
         return LinearMap(into, torch.linalg.inv(into))
     return LinearMap(into, into.transpose(1, 2).contiguous())
 
 
-def random_matrix(group: Group, size: int, rng: np.random.Generator) -> Float[np.ndarray, "size size"]:
+def _random_matrix(group: Group, size: int, rng: np.random.Generator) -> Float[np.ndarray, "size size"]:
     """A random matrix of a group of linear maps."""
     if group is Group.ORTHOGONAL_FIXING_ONES:
-        basis = complement_of_ones(size)
-        return basis @ random_rotation(size - 1, rng) @ basis.T + 1 / size
+        basis = _complement_of_ones(size)
+        return basis @ _random_rotation(size - 1, rng) @ basis.T + 1 / size
     if group is Group.INVERTIBLE:
         stretch = np.exp(rng.uniform(-np.log(SPREAD), np.log(SPREAD), size))
-        return random_rotation(size, rng) * stretch @ random_rotation(size, rng)
-    return random_rotation(size, rng)
+        return _random_rotation(size, rng) * stretch @ _random_rotation(size, rng)
+    return _random_rotation(size, rng)
 
 
-def random_rotation(size: int, rng: np.random.Generator) -> Float[np.ndarray, "size size"]:
+def _random_rotation(size: int, rng: np.random.Generator) -> Float[np.ndarray, "size size"]:
     """A uniformly random orthogonal matrix, reflections among them.
 
     Source: Mezzadri, "How to generate random matrices from the classical compact groups", Notices of the AMS 2007.
@@ -48,7 +48,7 @@ def random_rotation(size: int, rng: np.random.Generator) -> Float[np.ndarray, "s
     return q * np.sign(r.diagonal())
 
 
-def complement_of_ones(size: int) -> Float[np.ndarray, "size rest"]:
+def _complement_of_ones(size: int) -> Float[np.ndarray, "size rest"]:
     """An orthonormal basis of the vectors whose entries sum to zero (Helmert's)."""
     columns = np.triu(np.ones((size, size - 1)))
     columns[np.arange(1, size), np.arange(size - 1)] = -np.arange(1, size)
@@ -79,7 +79,7 @@ def nearest_element(
     return nearest, (nearest * matrix).sum(dim=(-2, -1))
 
 
-def belongs(transform: Transform, group: Group) -> bool:
+def _belongs(transform: Transform, group: Group) -> bool:
     """Whether a transform is an element of a group, up to rounding."""
     if isinstance(transform, Permutation):
         return True
@@ -100,4 +100,4 @@ def belongs(transform: Transform, group: Group) -> bool:
 def keeps_function(alignment: Alignment) -> bool:
     """Whether every transform belongs to its space's group, so that each moved model computes what it did."""
     spaces = list(alignment.symmetry)
-    return all(belongs(moves[space.name], space.group) for moves in alignment.transforms for space in spaces)
+    return all(_belongs(moves[space.name], space.group) for moves in alignment.transforms for space in spaces)

@@ -203,7 +203,7 @@ def move_site(tensor: Tensor, site: Site, transform: Transform) -> Tensor:
     if site.role == "diagonal":
         gains = to_front(tensor, site.dims)[torch.from_numpy(site.positions.reshape(-1)).to(tensor.device)]
         if bool((gains == gains[0]).all()):  # a multiple of the identity commutes with every map
-            return tensor if frame == size else ones_moved(tensor, site, transform) * gains[0]
+            return tensor if frame == size else _ones_moved(tensor, site, transform) * gains[0]
         raise TransformError(
             f"{site.parameter}: a gain of each unit does not commute with a linear map; fold it into its consumers "
             "first: models = [isthmus.fold_norm_gains(model, symmetry) for model in models]"
@@ -220,20 +220,20 @@ def move_site(tensor: Tensor, site: Site, transform: Transform) -> Tensor:
         out = flat.clone()
         out[where.reshape(-1)] = moved.reshape(copies * size * repeat, -1)
         return from_front(out, tensor.shape, site.dims).to(tensor.dtype)
-    return resize_site(tensor, site, moved)
+    return _resize_site(tensor, site, moved)
 
 
-def ones_moved(tensor: Tensor, site: Site, transform: LinearMap) -> Tensor:
+def _ones_moved(tensor: Tensor, site: Site, transform: LinearMap) -> Tensor:
     """Ones in the shape that a linear map gives the tensor."""
     copies, size, repeat = site.positions.shape
     frame = transform.into.shape[1]
     if frame == size:
         return torch.ones_like(tensor)
     rest = tensor.numel() // site_length(tensor.shape, site)
-    return resize_site(tensor, site, tensor.new_ones(copies, frame, repeat, rest))
+    return _resize_site(tensor, site, tensor.new_ones(copies, frame, repeat, rest))
 
 
-def resize_site(tensor: Tensor, site: Site, moved: Float[Tensor, "copies frame repeat rest"]) -> Tensor:
+def _resize_site(tensor: Tensor, site: Site, moved: Float[Tensor, "copies frame repeat rest"]) -> Tensor:
     """The tensor with the units along one dimension replaced by `frame` new ones, in the old layout."""
     copies, size, repeat = site.positions.shape
     if len(site.dims) != 1 or copies != 1 or site_length(tensor.shape, site) != size * repeat:
@@ -282,7 +282,7 @@ def move_state(
             if isinstance(transform, Permutation) and transform.is_identity:
                 continue
             if reset_variances and site.role == "variance" and isinstance(transform, LinearMap):
-                tensor = ones_moved(tensor, site, transform)
+                tensor = _ones_moved(tensor, site, transform)
             else:
                 tensor = move_site(tensor, site, transform)
         moved[name] = tensor

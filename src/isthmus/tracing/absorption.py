@@ -51,8 +51,8 @@ def settle(tracing: Tracing, program: Program) -> list[Gain]:
     uses: dict[str, list[GainUse]] = defaultdict(list)
     for use in tracing.gain_uses:
         uses[use.parameter].append(use)
-    readers = parameter_readers(tracing, program)
-    gains = [absorb(tracing, name, found, readers) for name, found in uses.items()]
+    readers = _parameter_readers(tracing, program)
+    gains = [_absorb(tracing, name, found, readers) for name, found in uses.items()]
     for gain in gains:
         if gain.obstacle:
             for use in uses[gain.parameter]:
@@ -62,34 +62,34 @@ def settle(tracing: Tracing, program: Program) -> list[Gain]:
     for parameter, _, value in tracing.offsets.values():
         if parameter not in absorbed:
             limit_value(tracing.units, value, PERMUTATION_LEVEL)
-    settle_squares(tracing, program)
+    _settle_squares(tracing, program)
     return gains
 
 
-def settle_squares(tracing: Tracing, program: Program) -> None:
+def _settle_squares(tracing: Tracing, program: Program) -> None:
     """A square that is only summed over all units is a squared norm; any other use takes units one by one."""
     nodes = {node.name: node for node in program.graph.nodes}
     for name, value in tracing.squares.items():
-        sums = [sum_over(node) for node in readers_of(nodes[name])]
+        sums = [_sum_over(node) for node in _readers_of(nodes[name])]
         for layer in value.layers:
             whole = all(dims is not None and set(support(layer)) <= dims for dims in sums)
             tracing.units.limit(layer.ravel(), ORTHOGONAL_LEVEL if whole else PERMUTATION_LEVEL)
 
 
-def users_of(node: fx.Node) -> list[fx.Node]:
+def _users_of(node: fx.Node) -> list[fx.Node]:
     """The nodes that read a value, but for assertions about it."""
     return [user for user in node.users if not isinstance(user.target, OpOverload) or user.target._schema.returns]
 
 
-def readers_of(node: fx.Node) -> list[fx.Node]:
+def _readers_of(node: fx.Node) -> list[fx.Node]:
     """The nodes that read a value, seen through copies and casts."""
     found = []
-    for user in users_of(node):
-        found += readers_of(user) if operation_name(user) in SAME else [user]
+    for user in _users_of(node):
+        found += _readers_of(user) if operation_name(user) in SAME else [user]
     return found
 
 
-def sum_over(node: fx.Node) -> set[int] | None:
+def _sum_over(node: fx.Node) -> set[int] | None:
     """The dimensions that a node sums or averages over; None where it does something else."""
     if operation_name(node) not in LINEAR:
         return None
@@ -99,12 +99,12 @@ def sum_over(node: fx.Node) -> set[int] | None:
     return {d % ndim for d in dimensions_of(argument(node, 1), ndim)}
 
 
-def parameter_readers(tracing: Tracing, program: Program) -> dict[str, list[fx.Node]]:
+def _parameter_readers(tracing: Tracing, program: Program) -> dict[str, list[fx.Node]]:
     """For every parameter, the nodes that read it or a transposed copy of it, under all its names."""
     found: dict[str, list[fx.Node]] = defaultdict(list)
 
     def follow(name: str, node: fx.Node) -> None:
-        for user in users_of(node):
+        for user in _users_of(node):
             if operation_name(user) in SAME | TRANSPOSES or user.name in tracing.offsets:
                 follow(name, user)
             else:
@@ -116,7 +116,7 @@ def parameter_readers(tracing: Tracing, program: Program) -> dict[str, list[fx.N
     return found
 
 
-def absorb(tracing: Tracing, parameter: str, uses: list[GainUse], readers: Mapping[str, list[fx.Node]]) -> Gain:
+def _absorb(tracing: Tracing, parameter: str, uses: list[GainUse], readers: Mapping[str, list[fx.Node]]) -> Gain:
     """One gain with all that can take it in, or with what stands in the way."""
     offset, nodes = uses[0].offset, {use.node for use in uses}
     found = Readers(bias=uses[0].bias)
@@ -125,7 +125,7 @@ def absorb(tracing: Tracing, parameter: str, uses: list[GainUse], readers: Mappi
     if any((use.offset, use.bias) != (offset, found.bias) for use in uses):
         found.obstacle = "its uses differ in offset or shift"
     for use in uses:
-        walk(tracing, use, readers, found)
+        _walk(tracing, use, readers, found)
     if found.bias is not None and not found.obstacle:
         # A node of the walk adds the shift; no other may read it.
         if len(readers[found.bias]) != len(uses):
@@ -142,29 +142,29 @@ def absorb(tracing: Tracing, parameter: str, uses: list[GainUse], readers: Mappi
     return Gain(parameter, offset, found.bias, tuple(consumer for consumer, _ in found.consumers))
 
 
-def walk(tracing: Tracing, use: GainUse, readers: Mapping[str, list[fx.Node]], found: Readers) -> None:
+def _walk(tracing: Tracing, use: GainUse, readers: Mapping[str, list[fx.Node]], found: Readers) -> None:
     """Follows a product forward through views to all that reads it; writes into `found`."""
     ways = [(use.node, use.axis, use.bias is not None)]
     while ways and not found.obstacle:
         node, axis, shifted = ways.pop()
-        for user in users_of(node):
-            moved = moved_axis(node, user, axis)
+        for user in _users_of(node):
+            moved = _moved_axis(node, user, axis)
             if moved is not None:
                 ways.append((user, moved, shifted))
                 continue
-            shift = shift_added(tracing, node, user, axis)
+            shift = _shift_added(tracing, node, user, axis)
             if shift is not None and not shifted and found.bias in (None, shift):
                 found.bias = shift
                 ways.append((user, axis, True))
                 continue
-            consumer = consumer_at(tracing, node, user, axis, readers)
+            consumer = _consumer_at(tracing, node, user, axis, readers)
             if isinstance(consumer, str):
                 found.obstacle = consumer
                 return
             found.consumers.append((consumer, shifted))
 
 
-def moved_axis(node: fx.Node, user: fx.Node, axis: int) -> int | None:
+def _moved_axis(node: fx.Node, user: fx.Node, axis: int) -> int | None:
     """Where an axis lies behind an operation that leaves all numbers along it in place; None for any other."""
     name = operation_name(user)
     before, after = node.meta["val"], user.meta.get("val")
@@ -186,7 +186,7 @@ def moved_axis(node: fx.Node, user: fx.Node, axis: int) -> int | None:
         first, second = (int(d) % ndim for d in user.args[1:3])  # type: ignore[arg-type]
         return {first: second, second: first}.get(axis, axis)
     if name in LINEAR:
-        gone = sum_over(user)
+        gone = _sum_over(user)
         # A sum would add a shift several times.
         if name == "aten.sum" or gone is None or axis in gone:
             return None
@@ -202,7 +202,7 @@ def moved_axis(node: fx.Node, user: fx.Node, axis: int) -> int | None:
     return None
 
 
-def shift_added(tracing: Tracing, node: fx.Node, user: fx.Node, axis: int) -> str | None:
+def _shift_added(tracing: Tracing, node: fx.Node, user: fx.Node, axis: int) -> str | None:
     """The parameter that an addition lays along the axis as a shift; None where it does something else."""
     if operation_name(user) not in ("aten.add", "aten.add_") or user.kwargs or len(user.args) != 2:
         return None
@@ -214,7 +214,7 @@ def shift_added(tracing: Tracing, node: fx.Node, user: fx.Node, axis: int) -> st
     return name if value.ndim == 1 and axis == node.meta["val"].ndim - 1 == user.meta["val"].ndim - 1 else None
 
 
-def consumer_at(
+def _consumer_at(
     tracing: Tracing, node: fx.Node, user: fx.Node, axis: int, readers: Mapping[str, list[fx.Node]]
 ) -> Consumer | str:
     """The parameter of a product that sums over the axis; in words, what stands in the way where there is none."""
@@ -227,7 +227,7 @@ def consumer_at(
     dim = 1
     if name == "aten.linear" and axis == last:
         weight, bias = argument(user, 1), user.kwargs.get("bias", argument(user, 2))
-    elif name in CONVOLUTIONS and groups_of(user) == 1 and axis == last - spatial_of(name):
+    elif name in CONVOLUTIONS and _groups_of(user) == 1 and axis == last - _spatial_of(name):
         weight = argument(user, 1)  # its bias takes in no shift: zeros are padded behind the norm
     elif name in PRODUCTS and axis == last:
         weight, dim = argument(user, 1), 0
@@ -235,7 +235,7 @@ def consumer_at(
         weight, bias, dim = argument(user, 2), argument(user, 0), 0
     if not isinstance(weight, fx.Node) or (name != "aten.addmm" and argument(user, 0) is not node):
         return refusal
-    parameter, flipped = parameter_behind(tracing, weight)
+    parameter, flipped = _parameter_behind(tracing, weight)
     if parameter is None:
         return f"{who} multiplies it with something that is no parameter as it stands"
     if readers[parameter] != [user]:
@@ -244,7 +244,7 @@ def consumer_at(
     return Consumer(parameter, 1 - dim if flipped else dim, own if own and readers[own] == [user] else None)
 
 
-def parameter_behind(tracing: Tracing, node: fx.Node) -> tuple[str | None, bool]:
+def _parameter_behind(tracing: Tracing, node: fx.Node) -> tuple[str | None, bool]:
     """The parameter that a node is, and whether it was transposed on the way."""
     flipped = False
     while (name := tracing.source_of(node)) is None:
@@ -258,12 +258,12 @@ def parameter_behind(tracing: Tracing, node: fx.Node) -> tuple[str | None, bool]
     return name, flipped
 
 
-def groups_of(node: fx.Node) -> int:
+def _groups_of(node: fx.Node) -> int:
     """A convolution's number of groups."""
     groups = node.kwargs.get("groups", argument(node, 6))
     return groups if isinstance(groups, int) else 1
 
 
-def spatial_of(name: str) -> int:
+def _spatial_of(name: str) -> int:
     """How many dimensions a convolution slides over."""
     return int(name[len("aten.conv")])

@@ -22,7 +22,7 @@ def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = F
         touched = set(support(layer))
         if touched <= gone:
             continue
-        partners = entangled(units, layer, value.layers, gone)
+        partners = _entangled(units, layer, value.layers, gone)
         if partners:
             # Rows of a table of relative positions, for example, meet fixed positions and remain at fixed ones: nothing
             # is lost. Where they remain at others, such as neighbours on a circle, some of these might move.
@@ -35,7 +35,7 @@ def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = F
             places = tuple(1 if d in gone else size for d, size in enumerate(layer.shape))
             layers.append(units.rigid(math.prod(places)).reshape(places))
         else:
-            layers.append(reduce_layer(units, layer, sorted(gone)) if touched & gone else layer)
+            layers.append(_reduce_layer(units, layer, sorted(gone)) if touched & gone else layer)
     if keepdim:
         shape = tuple(1 if d in gone else size for d, size in enumerate(value.shape))
     else:
@@ -44,7 +44,7 @@ def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = F
     return Value(shape, simplify(units, [layer for layer in layers if support(layer)]))
 
 
-def entangled(units: Units, layer: Labels, layers: Sequence[Labels], gone: set[int]) -> list[Labels]:
+def _entangled(units: Units, layer: Labels, layers: Sequence[Labels], gone: set[int]) -> list[Labels]:
     """The layers whose units meet those of `layer`, along a reduction's axes, some at one place and some at another.
 
     Each layer is reduced on its own. That is right where, place by place, the units of one layer meet all those of the
@@ -57,12 +57,12 @@ def entangled(units: Units, layer: Labels, layers: Sequence[Labels], gone: set[i
             shape = np.broadcast_shapes(layer.shape, other.shape)
             kept = [1 if d in gone else size for d, size in enumerate(shape)]
             place = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), shape).ravel()
-            if not meet_alike(a, b, place):
+            if not _meet_alike(a, b, place):
                 found.append(other)
     return found
 
 
-def meet_alike(a: Ids, b: Ids, place: Ids) -> bool:
+def _meet_alike(a: Ids, b: Ids, place: Ids) -> bool:
     """Whether at each place all pairs of labels occur that occur anywhere between the labels found there."""
     pairs, index = np.unique(np.stack([a, b]), axis=1, return_inverse=True)
     a_ids, a_index = np.unique(pairs[0], return_inverse=True)
@@ -78,7 +78,7 @@ def meet_alike(a: Ids, b: Ids, place: Ids) -> bool:
     return bool((both == alone * other).all())
 
 
-def reduce_layer(units: Units, layer: Labels, dims: Sequence[int]) -> Labels:
+def _reduce_layer(units: Units, layer: Labels, dims: Sequence[int]) -> Labels:
     """The labels of the blocks that remain when a layer is reduced over some of the dimensions that it varies along."""
     kept_shape = tuple(1 if d in dims else size for d, size in enumerate(layer.shape))
     kept_index = np.broadcast_to(np.arange(int(np.prod(kept_shape))).reshape(kept_shape), layer.shape).ravel()

@@ -60,9 +60,9 @@ def spread(tracing: Tracing, node: fx.Node, arguments: SimpleNamespace, rule: Ru
     map_aggregate(vars(arguments), lambda x: choices.append(x) if isinstance(x, Choice) else None)
     same = all(c.history == choices[0].history for c in choices)
     slotwise = slotwise or operation_name(node).removesuffix("_") in SLOTWISE
-    where = follow(tracing, node, arguments, rule, choices) if same and slotwise else None
+    where = _follow(tracing, node, arguments, rule, choices) if same and slotwise else None
     if where is None:
-        return rule(tracing, node, replaced(arguments, lambda c: settle(tracing.units, c)))
+        return rule(tracing, node, _replaced(arguments, lambda c: _settle(tracing.units, c)))
     units = tracing.units
     before = units.occurrences, units.relations
     outcomes, occurred, related = [], [], []
@@ -70,7 +70,7 @@ def spread(tracing: Tracing, node: fx.Node, arguments: SimpleNamespace, rule: Ru
     for index in range(len(choices[0].values)):
         units.occurrences, units.relations = [], []
         units.expected_stand_ins = units.made_stand_ins[:] if index else []
-        outcomes.append(rule(tracing, node, replaced(arguments, lambda c, k=index: c.values[k])))
+        outcomes.append(rule(tracing, node, _replaced(arguments, lambda c, k=index: c.values[k])))
         occurred.append(units.occurrences)
         related.append(units.relations)
     units.occurrences, units.relations = before
@@ -95,14 +95,14 @@ def spread(tracing: Tracing, node: fx.Node, arguments: SimpleNamespace, rule: Ru
     ]
 
 
-def replaced(arguments: SimpleNamespace, function: Callable[[Choice], Value]) -> SimpleNamespace:
+def _replaced(arguments: SimpleNamespace, function: Callable[[Choice], Value]) -> SimpleNamespace:
     """The arguments with a value in place of each choice."""
     act: Any = lambda x: function(x) if isinstance(x, Choice) else x  # noqa: E731
     mapped: Any = map_aggregate(vars(arguments), act)
     return SimpleNamespace(**mapped)
 
 
-def follow(
+def _follow(
     tracing: Tracing, node: fx.Node, arguments: SimpleNamespace, rule: Rule, choices: list[Choice]
 ) -> list[Value] | None:
     """Where each slot stands in the operation's results; None where slots are mixed, or stand side by side."""
@@ -134,7 +134,7 @@ def follow(
     return found[0]
 
 
-def settle(units: Units, choice: Choice) -> Value:
+def _settle(units: Units, choice: Choice) -> Value:
     """One value that stands for whichever alternative was chosen in each slot."""
     first, *others = choice.values
     for other in others:

@@ -55,7 +55,7 @@ def describe_spaces(
     taken: set[str] = set()
     for block in range(len(solution.blocks)):
         if sites[block]:
-            chosen[block] = unique_name(sites[block], solution.blocks[block].parent is not None, taken)
+            chosen[block] = _unique_name(sites[block], solution.blocks[block].parent is not None, taken)
     spaces: list[Space] = []
     gauges: list[Gauge] = []
     for block, found in enumerate(solution.blocks):
@@ -78,7 +78,7 @@ def describe_spaces(
     return spaces, gauges, [chosen.get(block, "") for block in range(len(solution.blocks))]
 
 
-def unique_name(sites: Sequence[Site], nested: bool, taken: set[str]) -> str:
+def _unique_name(sites: Sequence[Site], nested: bool, taken: set[str]) -> str:
     """The path of the module whose parameter first produces the units, made unique."""
     producer = next((site for site in sites if site.role == "vector"), sites[0])
     base = producer.parameter.rpartition(".")[0] or producer.parameter

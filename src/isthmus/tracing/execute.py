@@ -126,20 +126,20 @@ def execute(program: Program, rules: Rules) -> Tracing:
             continue
         units.place = (operation_name(node), module_path(node))
         if node.op == "placeholder":
-            tracing.values[node.name] = placeholder(tracing, program, node)
+            tracing.values[node.name] = _placeholder(tracing, program, node)
         elif node.op == "call_function":
-            tracing.values[node.name] = call(tracing, node, rules)
+            tracing.values[node.name] = _call(tracing, node, rules)
         elif node.op == "get_attr":
             attribute = getattr(program.exported.graph_module, str(node.target), None)
             tracing.values[node.name] = constant_value(units, attribute) if isinstance(attribute, Tensor) else attribute
         elif node.op == "output":
-            for value in values_in(read(tracing, node.args)):
+            for value in values_in(_read(tracing, node.args)):
                 freeze_value(units, value, "output of the model")
-        note(units, tracing.values.get(node.name))
+        _note(units, tracing.values.get(node.name))
     units.place = ("", "")
     for value in tracing.parameters.values():
         relate_parts(units, value)
-    units.freeze(never_read(tracing, program.graph), "no operation reads it on inputs of this shape")
+    units.freeze(_never_read(tracing, program.graph), "no operation reads it on inputs of this shape")
     return tracing
 
 
@@ -156,7 +156,7 @@ def unused_nodes(graph: fx.Graph) -> set[fx.Node]:
     return unused
 
 
-def note(units: Units, item: Any) -> None:
+def _note(units: Units, item: Any) -> None:
     """Records that units occur in a node's value; those of all alternatives occur at one place."""
     if isinstance(item, Choice):
         kinds = {tuple(layer.shape for layer in value.layers) for value in item.values}
@@ -164,13 +164,13 @@ def note(units: Units, item: Any) -> None:
             units.occur(np.stack(layers))
     elif isinstance(item, list | tuple):
         for each in item:
-            note(units, each)
+            _note(units, each)
     elif isinstance(item, Value):
         for layer in item.layers:
             units.occur(layer)
 
 
-def never_read(tracing: Tracing, graph: fx.Graph) -> Ids:
+def _never_read(tracing: Tracing, graph: fx.Graph) -> Ids:
     """Units that are cut off before any operation has read them.
 
     How much is cut off often follows the inputs' shape (of a table of positions, the rows behind the last position), so
@@ -207,7 +207,7 @@ def operation_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else node.op
 
 
-def placeholder(tracing: Tracing, program: Program, node: fx.Node) -> Any:
+def _placeholder(tracing: Tracing, program: Program, node: fx.Node) -> Any:
     """The value of a parameter, constant or input."""
     units = tracing.units
     if not node.users:
@@ -230,21 +230,21 @@ def placeholder(tracing: Tracing, program: Program, node: fx.Node) -> Any:
     return value
 
 
-def call(tracing: Tracing, node: fx.Node, rules: Rules) -> Any:
+def _call(tracing: Tracing, node: fx.Node, rules: Rules) -> Any:
     """The value of one operation: its rule's, or fixed positions where there is no rule."""
     if node.target is operator.getitem:
-        container, index = read(tracing, node.args)
+        container, index = _read(tracing, node.args)
         return container[index]
     if not isinstance(node.target, OpOverload):
-        if not values_in(read(tracing, (node.args, node.kwargs))):
+        if not values_in(_read(tracing, (node.args, node.kwargs))):
             assert callable(node.target)  # arithmetic on sizes
-            return node.target(*read(tracing, node.args), **read(tracing, node.kwargs))
-        return without_rule(tracing, node)
+            return node.target(*_read(tracing, node.args), **_read(tracing, node.kwargs))
+        return _without_rule(tracing, node)
     op = node.target
     if not op._schema.returns and not op._schema.is_mutable:
         return None  # an assertion
-    arguments = bind(op, read(tracing, node.args), read(tracing, node.kwargs))
-    folded = fold_constant(tracing.units, node, op, arguments)
+    arguments = bind(op, _read(tracing, node.args), _read(tracing, node.kwargs))
+    folded = _fold_constant(tracing.units, node, op, arguments)
     if folded is not None:
         return folded
     rule = rules.rule_for(op)
@@ -252,20 +252,20 @@ def call(tracing: Tracing, node: fx.Node, rules: Rules) -> Any:
         for value in values_in(vars(arguments)):
             freeze_names(tracing.units, value)
     if rule is None:
-        result = without_rule(tracing, node)
-    elif has_choice(vars(arguments)):
+        result = _without_rule(tracing, node)
+    elif _has_choice(vars(arguments)):
         elementwise = rule in rules.views or rule is rules.table["pointwise"]
         result = rules.spread(tracing, node, arguments, rule, elementwise)
     else:
         result = rule(tracing, node, arguments)
     if result is NotImplemented:
-        result = without_rule(tracing, node)
+        result = _without_rule(tracing, node)
     if op._schema.is_mutable:
         rules.mutate(tracing, node, result)
     return result
 
 
-def has_choice(argument: Any) -> bool:
+def _has_choice(argument: Any) -> bool:
     """Whether an argument holds a value that data choose."""
     found: list[Choice] = []
     map_aggregate(argument, lambda item: found.append(item) if isinstance(item, Choice) else None)
@@ -278,7 +278,7 @@ def freeze_names(units: Units, value: Value) -> None:
         units.freeze(value.names.ids, "an operation reads their indices")
 
 
-def read(tracing: Tracing, argument: Any) -> Any:
+def _read(tracing: Tracing, argument: Any) -> Any:
     """A graph argument with nodes replaced by their values."""
     return map_arg(argument, lambda node: tracing.values[node.name])
 
@@ -310,7 +310,7 @@ def values_in(argument: Any) -> list[Value]:
     return found
 
 
-def fold_constant(units: Units, node: fx.Node, op: OpOverload, arguments: SimpleNamespace) -> Any:
+def _fold_constant(units: Units, node: fx.Node, op: OpOverload, arguments: SimpleNamespace) -> Any:
     """The operation's numbers, where all that it reads is constant; None where it is not."""
     values = values_in(vars(arguments))
     if any(value.constant is None for value in values) or torch.Tag.nondeterministic_seeded in op.tags:
@@ -347,9 +347,9 @@ def output_shapes(node: fx.Node) -> tuple[int, ...] | list[Any] | None:
     return None
 
 
-def without_rule(tracing: Tracing, node: fx.Node) -> Any:
+def _without_rule(tracing: Tracing, node: fx.Node) -> Any:
     """Fixed positions, after fixing every unit that reaches an operation for which there is no rule."""
-    for value in values_in(read(tracing, (node.args, node.kwargs))):
+    for value in values_in(_read(tracing, (node.args, node.kwargs))):
         freeze_value(tracing.units, value, "reaches an operation without a rule", expected=False)
     shapes = output_shapes(node)
     if isinstance(shapes, list):
@@ -369,14 +369,14 @@ def origin(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
         op = node.target
         is_view = isinstance(op, OpOverload) and any(result.alias_info is not None for result in op._schema.returns)
-        made_apart = op is operator.getitem and not returns_views(node.args[0])
+        made_apart = op is operator.getitem and not _returns_views(node.args[0])
         if made_apart or (not is_view and op is not operator.getitem):
             break
         node = node.args[0]
     return node
 
 
-def returns_views(node: fx.Node) -> bool:
+def _returns_views(node: fx.Node) -> bool:
     """Whether the several results of an operation share memory with what it was given, and so with one another."""
     op = node.target
     return not isinstance(op, OpOverload) or any(result.alias_info is not None for result in op._schema.returns)

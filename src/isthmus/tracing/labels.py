@@ -92,7 +92,7 @@ def simplify(units: Units, layers: Sequence[Labels], *, related: bool = False) -
     dims = [d for layer in layers for d in support(layer)]
     if len(dims) == len(set(dims)) and all(map(support, layers)):
         return tuple(layers)  # none says anything about another's dimensions
-    layers = without_joint(units, join_fixed(units, list(layers)), related=related)
+    layers = _without_joint(units, _join_fixed(units, list(layers)), related=related)
     if len(layers) < 2:
         return tuple(layers)
     roots = [units.find(layer) for layer in layers]
@@ -104,7 +104,7 @@ def simplify(units: Units, layers: Sequence[Labels], *, related: bool = False) -
     alive = set(range(len(layers)))
     for k in order:
         for other in sorted(alive - {k}):
-            if supports[k] <= supports[other] and determines(roots[other], roots[k], distinct[other], units.size):
+            if supports[k] <= supports[other] and _determines(roots[other], roots[k], distinct[other], units.size):
                 if not related:
                     units.relate(layers[other], layers[k])
                 alive.remove(k)
@@ -112,7 +112,7 @@ def simplify(units: Units, layers: Sequence[Labels], *, related: bool = False) -
     return tuple(layers[k] for k in sorted(alive))
 
 
-def without_joint(units: Units, layers: list[Labels], *, related: bool) -> list[Labels]:
+def _without_joint(units: Units, layers: list[Labels], *, related: bool) -> list[Labels]:
     """The layers without those that a layer of units and a layer of fixed positions determine together.
 
     A layer over units and positions whose every unit is inside of one unit of another layer, itself told apart on
@@ -122,14 +122,14 @@ def without_joint(units: Units, layers: list[Labels], *, related: bool) -> list[
     for joint in [layer for layer in layers if len(support(layer)) > 1]:
         dims = set(support(joint))
         others = [x for x in layers if x is not joint and support(x) and set(support(x)) < dims]
-        fixed = [x for x in others if units.is_frozen(x).all() and tells_apart(units, x)]
+        fixed = [x for x in others if units.is_frozen(x).all() and _tells_apart(units, x)]
         for whole in others:
             rest = dims - set(support(whole))
             place = next((x for x in fixed if set(support(x)) == rest), None)
-            if place is None or not tells_apart(units, whole):
+            if place is None or not _tells_apart(units, whole):
                 continue
             root = units.find(joint)
-            if determines(root, units.find(whole), len(np.unique(root)), units.size):
+            if _determines(root, units.find(whole), len(np.unique(root)), units.size):
                 if not related:
                     units.relate(joint, whole)
                     units.relate(joint, place)
@@ -138,13 +138,13 @@ def without_joint(units: Units, layers: list[Labels], *, related: bool) -> list[
     return layers
 
 
-def tells_apart(units: Units, layer: Labels) -> bool:
+def _tells_apart(units: Units, layer: Labels) -> bool:
     """Whether no two positions of a layer have the same label."""
     root = units.find(layer)
     return len(np.unique(root)) == root.size and not (root == WILDCARD).any()
 
 
-def join_fixed(units: Units, layers: list[Labels]) -> list[Labels]:
+def _join_fixed(units: Units, layers: list[Labels]) -> list[Labels]:
     """The layers with those of fixed positions that overlap made into one."""
     fixed = [layer for layer in layers if units.is_frozen(layer).all()]
     others = [layer for layer in layers if not any(layer is x for x in fixed)]
@@ -155,11 +155,11 @@ def join_fixed(units: Units, layers: list[Labels]) -> list[Labels]:
             others.append(one)
         else:
             fixed = [x for x in fixed if x is not partner]
-            fixed.append(join(units, [one, partner]))
+            fixed.append(_join(units, [one, partner]))
     return others
 
 
-def determines(fine: Labels, coarse: Labels, distinct: int, size: int) -> bool:
+def _determines(fine: Labels, coarse: Labels, distinct: int, size: int) -> bool:
     """Whether each label of `fine` occurs with one label of `coarse` only."""
     if fine.shape == coarse.shape and np.array_equal(fine, coarse):
         return True
@@ -189,11 +189,11 @@ def merge(units: Units, values: Sequence[Value]) -> Value:
         merged += incoming
     for layer in merged:
         if len(support(layer)) > 1 and not units.is_frozen(layer).all():
-            relate_jointly(units, layer, [x for x in merged if x is not layer])
+            _relate_jointly(units, layer, [x for x in merged if x is not layer])
     return Value(shape, simplify(units, merged, related=True))
 
 
-def relate_jointly(units: Units, layer: Labels, others: Sequence[Labels]) -> None:
+def _relate_jointly(units: Units, layer: Labels, others: Sequence[Labels]) -> None:
     """Draws what follows from a layer and several others that lie along different axes of it, taken together.
 
     A bias for each distance between two positions meets every first and every second position: pair by pair nothing
@@ -202,7 +202,7 @@ def relate_jointly(units: Units, layer: Labels, others: Sequence[Labels]) -> Non
     inner = [x for x in others if support(x) and set(support(x)) < set(support(layer))]
     fixed = [x for x in inner if units.is_frozen(x).all()]
     if len(fixed) > 1:
-        places = join(units, fixed)
+        places = _join(units, fixed)
         if units.is_news(np.concatenate([units.find(x).ravel() for x in (layer, places)])):
             units.relate(layer, places)
     free = [x for x in inner if not units.is_frozen(x).all()]
@@ -210,12 +210,12 @@ def relate_jointly(units: Units, layer: Labels, others: Sequence[Labels]) -> Non
     if not free or len(free) + len(fixed) < 2 or len(set(axes)) < len(axes):
         return
     roots = [units.find(x) for x in (layer, *free, *fixed)]
-    if units.is_news(np.concatenate([root.ravel() for root in roots])) and not is_rectangular(roots):
+    if units.is_news(np.concatenate([root.ravel() for root in roots])) and not _is_rectangular(roots):
         text = "units of several axes meet in a pattern that no permutation of one of them keeps"
         units.freeze(np.concatenate([root.ravel() for root in roots]), text, expected=False)
 
 
-def is_rectangular(roots: Sequence[Labels]) -> bool:
+def _is_rectangular(roots: Sequence[Labels]) -> bool:
     """Whether each label of the first layer meets all combinations of those labels of the others that it meets."""
     first, *others = broadcast_to_support(roots)
     ids, label = np.unique(first, return_inverse=True)
@@ -263,7 +263,7 @@ def with_rigid(units: Units, value: Value, shape: Sequence[int], dims: Sequence[
     return Value(tuple(shape), (*value.layers, *rigid_layers(units, shape, dims)))
 
 
-def join(units: Units, layers: Sequence[Labels]) -> Labels:
+def _join(units: Units, layers: Sequence[Labels]) -> Labels:
     """One layer that stands for several: a unit for each combination that occurs, inside each of its parts."""
     arrays = np.broadcast_arrays(*layers)
     roots = [units.find(array.ravel()) for array in arrays]
@@ -300,15 +300,15 @@ def concatenate(units: Units, values: Sequence[Value], dim: int) -> Value:
         parts = []
         for own in per_value:
             rest = [x for x in own if (x.shape[dim] > 1) == along and not contains(units, shared, x)]
-            parts.append(join(units, rest) if len(rest) > 1 else rest[0] if rest else None)
+            parts.append(_join(units, rest) if len(rest) > 1 else rest[0] if rest else None)
         if any(part is not None for part in parts):
-            layers += concatenate_layers(units, parts, lengths, dim, len(shape))
+            layers += _concatenate_layers(units, parts, lengths, dim, len(shape))
     if len(layers) == len(shared):  # equal labels on different numbers: only their place tells them apart
         layers.append(parts_layer(units, lengths, dim, len(shape)))
     return Value(tuple(shape), simplify(units, [x for x in (compress(layer) for layer in layers) if support(x)]))
 
 
-def concatenate_layers(
+def _concatenate_layers(
     units: Units, parts: Sequence[Labels | None], lengths: Sequence[int], dim: int, ndim: int
 ) -> list[Labels]:
     """Layers joined along `dim`, and a layer that names the part where labels alone would not tell."""

@@ -94,22 +94,22 @@ def verify(
         raise InputError(f"trials={trials}: a proof needs at least one")
     if not inputs and not kwargs:
         raise InputError("no example input: give verify one batch of inputs, as the model's forward takes them")
-    check_memory(model)
+    _check_memory(model)
     rng = np.random.default_rng(seed)
     more = np.random.default_rng([seed, 1])  # of its own, so that the same permutations are tried whatever else is
-    network = runnable(model)
-    tolerance = rounding(symmetry, torch.finfo(torch.float64).eps)
+    network = _runnable(model)
+    tolerance = _rounding(symmetry, torch.finfo(torch.float64).eps)
     if any(space.group is Group.INVERTIBLE for space in symmetry):
         tolerance *= SPREAD**4
     worst = 0.0
     for _ in range(trials):
         sample = draw(network, symmetry, (inputs, dict(kwargs or {})), rng)
-        for transforms in draw_transforms(symmetry, rng, more):
-            error, allowed = sample.change_allowed(moved_by(transforms, sample.state, symmetry), tolerance, rng)
+        for transforms in _draw_transforms(symmetry, rng, more):
+            error, allowed = sample.change_allowed(_moved_by(transforms, sample.state, symmetry), tolerance, rng)
             worst = max(worst, error)
             if not error <= allowed:
                 raise SymmetryError(
-                    f"a transform of {culprit(sample, symmetry, transforms, allowed)} changes the outputs by "
+                    f"a transform of {_culprit(sample, symmetry, transforms, allowed)} changes the outputs by "
                     f"{error:.1e} (rounding explains {allowed:.1e}): this symmetry is wrong, do not use it"
                 )
         if symmetry.gauges:
@@ -123,12 +123,12 @@ def verify(
                     f"by {error:.1e} (rounding explains {allowed:.1e}): these gauges are wrong, do not use them"
                 )
     threshold = CONTROL_FACTOR * tolerance
-    changes = control(network, symmetry, (inputs, dict(kwargs or {})), rng, threshold) if controls else {}
+    changes = _control(network, symmetry, (inputs, dict(kwargs or {})), rng, threshold) if controls else {}
     silent = tuple(name for name, effect in changes.items() if effect <= threshold)
     return Proof(worst, tolerance, trials, changes, silent)
 
 
-def check_memory(model: nn.Module) -> None:
+def _check_memory(model: nn.Module) -> None:
     """Refuses a model whose proof no memory of this machine can hold: two states of it, in float64.
 
     Raises:
@@ -145,7 +145,7 @@ def check_memory(model: nn.Module) -> None:
         )
 
 
-def runnable(model: nn.Module) -> nn.Module:
+def _runnable(model: nn.Module) -> nn.Module:
     """A copy of the module tree in `eval()`, to be run on other weights, on the CPU and in float64.
 
     It shares the model's own weights, which only tell their scale, so that a proof needs no copy of them.
@@ -161,7 +161,7 @@ def runnable(model: nn.Module) -> nn.Module:
     return shared
 
 
-def rounding(symmetry: Symmetry, eps: float) -> float:
+def _rounding(symmetry: Symmetry, eps: float) -> float:
     """The largest relative change of outputs that rounding explains, from the longest sum and the number of sums."""
     graph = symmetry.program
     depth = (
@@ -171,7 +171,7 @@ def rounding(symmetry: Symmetry, eps: float) -> float:
     return eps * math.sqrt(max(longest, 1)) * max(depth, 1) * 8
 
 
-def stirred(space: Space, rng: np.random.Generator) -> Permutation:
+def _stirred(space: Space, rng: np.random.Generator) -> Permutation:
     """A random permutation that leaves no unit where it is: one cycle through each copy."""
     indices = np.empty((space.copies, space.size), dtype=np.int64)
     for row in indices:
@@ -180,7 +180,7 @@ def stirred(space: Space, rng: np.random.Generator) -> Permutation:
     return Permutation(indices)
 
 
-def control(
+def _control(
     network: nn.Module, symmetry: Symmetry, inputs: Any, rng: np.random.Generator, threshold: float
 ) -> dict[str, float]:
     """For each touched tensor, the largest change of the outputs when all are moved but it.
@@ -194,7 +194,7 @@ def control(
     silent, idle = list(changes), 0
     while silent and idle < DRAWS:
         sample = draw(network, symmetry, inputs, rng)
-        moved = move_state(sample.state, {space.name: stirred(space, rng) for space in symmetry}, symmetry)
+        moved = move_state(sample.state, {space.name: _stirred(space, rng) for space in symmetry}, symmetry)
         effects = sample.first_order(moved, {name: aliases[name] for name in silent}, rng)
         for name in silent:
             if name not in effects or (idle == DRAWS - 1 and effects[name] <= threshold):
@@ -207,7 +207,7 @@ def control(
     return changes
 
 
-def draw_transforms(
+def _draw_transforms(
     symmetry: Symmetry, rng: np.random.Generator, more: np.random.Generator
 ) -> list[dict[str, Transform]]:
     """Random permutations of all spaces, and, where some space allows more, random elements of all spaces' groups.
@@ -223,17 +223,17 @@ def draw_transforms(
     return drawn
 
 
-def moved_by(transforms: Transforms, state: Mapping[str, Tensor], symmetry: Symmetry) -> dict[str, Tensor]:
+def _moved_by(transforms: Transforms, state: Mapping[str, Tensor], symmetry: Symmetry) -> dict[str, Tensor]:
     """The state under transforms; gains are folded first where some space is not just permuted."""
     if not all(isinstance(transform, Permutation) for transform in transforms.values()):
         state = fold_state(state, symmetry)
     return move_state(state, transforms, symmetry)
 
 
-def culprit(sample: Sample, symmetry: Symmetry, transforms: Transforms, tolerance: float) -> str:
+def _culprit(sample: Sample, symmetry: Symmetry, transforms: Transforms, tolerance: float) -> str:
     """The first space whose transform alone changes the function."""
     for space in symmetry:
         alone = {s.name: transforms[s.name] if s is space else Permutation.identity(s) for s in symmetry}
-        if not sample.change(moved_by(alone, sample.state, symmetry)) <= tolerance:
+        if not sample.change(_moved_by(alone, sample.state, symmetry)) <= tolerance:
             return f"space {space.name}"
     return "several spaces together"

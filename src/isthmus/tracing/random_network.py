@@ -29,7 +29,7 @@ NARROW = (torch.float16, torch.bfloat16, torch.float32)
 NARROWING = (torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.float)
 
 
-def fresh_weights(network: nn.Module, symmetry: Symmetry, rng: np.random.Generator) -> dict[str, Tensor]:
+def _fresh_weights(network: nn.Module, symmetry: Symmetry, rng: np.random.Generator) -> dict[str, Tensor]:
     """Random weights of the scale of the model's own, such that every tensor matters.
 
     Matrices are drawn with their own root mean square; vectors are moved by 0.3 of a normal draw, so that gains stay
@@ -49,33 +49,33 @@ def fresh_weights(network: nn.Module, symmetry: Symmetry, rng: np.random.Generat
         if not old.numel() or name in symmetry.tied:
             continue
         if name in variances:
-            state[name] = around_one(old.shape, generator)
+            state[name] = _around_one(old.shape, generator)
         elif name in gains:
-            state[name] = around_one(old.shape, generator) - gains[name].offset
+            state[name] = _around_one(old.shape, generator) - gains[name].offset
         elif name not in drawn:
-            state[name] = old * around_one(old.shape, generator) if old.any() else 0.3 * normal(old.shape, generator)
+            state[name] = old * _around_one(old.shape, generator) if old.any() else 0.3 * _normal(old.shape, generator)
         elif old.numel() == max(old.shape, default=1):
             usable = old.isfinite().all() and old.abs().max() < 1e3
-            state[name] = (old if usable else torch.zeros_like(old)) + 0.3 * normal(old.shape, generator)
+            state[name] = (old if usable else torch.zeros_like(old)) + 0.3 * _normal(old.shape, generator)
         else:
             scale = float(old.square().mean().sqrt())
             usable = 1e-8 < scale < 1e3
-            state[name] = normal(old.shape, generator) * (scale if usable else 1 / math.sqrt(old[0].numel()))
+            state[name] = _normal(old.shape, generator) * (scale if usable else 1 / math.sqrt(old[0].numel()))
     symmetry.tie(state)
     return state
 
 
-def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Normal draws; of single precision, which costs a third, held in double."""
     return torch.randn(shape, generator=generator).double()
 
 
-def around_one(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+def _around_one(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Draws between 0.5 and 1.5."""
     return 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
-def fresh_inputs(inputs: Any, rng: np.random.Generator) -> Any:
+def _fresh_inputs(inputs: Any, rng: np.random.Generator) -> Any:
     """The inputs with every floating-point tensor replaced by normal draws in float64; others as they are."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
 
@@ -95,7 +95,7 @@ class InDouble(TorchFunctionMode):
     ) -> Any:
         """The function's result, with every cast to a narrower type replaced."""
         func = torch.Tensor.double if func in NARROWING else func
-        return func(*pytree.tree_map(widen, args), **pytree.tree_map(widen, kwargs or {}))
+        return func(*pytree.tree_map(_widen, args), **pytree.tree_map(_widen, kwargs or {}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ class Normalisation:
         return (1, -1, *[1] * (self.x.ndim - 2))
 
 
-def normalisation(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Normalisation | None:
+def _normalisation(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Normalisation | None:
     """The batch normalisation by stored statistics that a call is, or None."""
     if func is torch.batch_norm:
         x, weight, bias, mean, variance, training, momentum, epsilon, _ = (*args, *kwargs.values())
@@ -137,7 +137,7 @@ class ThroughStatistics(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """The function's result."""
-        norm = normalisation(func, args, kwargs or {})
+        norm = _normalisation(func, args, kwargs or {})
         if norm is None:
             return func(*args, **(kwargs or {}))
         assert norm.mean is not None
@@ -168,7 +168,7 @@ class Settling(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """The function's result."""
-        norm = normalisation(func, args, kwargs or {})
+        norm = _normalisation(func, args, kwargs or {})
         mean, variance = (None, None) if norm is None else (self.names.get(id(x)) for x in (norm.mean, norm.variance))
         if norm is None or mean is None or variance is None:
             return func(*args, **(kwargs or {}))
@@ -177,14 +177,14 @@ class Settling(TorchFunctionMode):
             centre = norm.x.mean(others)
             spread = (norm.x - centre.view(norm.shape)).square().mean()
             if spread > 0 and spread.isfinite():
-                noise = normal(centre.shape, self.generator)
+                noise = _normal(centre.shape, self.generator)
                 self.settled[mean] = centre + 0.3 * spread.sqrt() * noise
-                self.settled[variance] = spread * around_one(centre.shape, self.generator)
+                self.settled[variance] = spread * _around_one(centre.shape, self.generator)
         centre, spread = self.settled.get(mean, norm.mean), self.settled.get(variance, norm.variance)
         return torch.nn.functional.batch_norm(norm.x, centre, spread, norm.weight, norm.bias, False, 0.0, norm.epsilon)
 
 
-def outputs(
+def _outputs(
     network: nn.Module,
     state: Mapping[str, Tensor],
     args: Sequence[Any],
@@ -199,7 +199,7 @@ def outputs(
     try:
         with torch.set_grad_enabled(differentiable), InDouble(), mode or contextlib.nullcontext():
             # Cloned, since a network may work in place on what it is given.
-            args, named = pytree.tree_map(copy_of, (tuple(args), dict(named)))
+            args, named = pytree.tree_map(_copy_of, (tuple(args), dict(named)))
             # On a copy, since some networks keep what they made of the weights for the next run.
             result = functional_call(share_structure(network), dict(state), args, dict(named), tie_weights=False)
     finally:
@@ -207,17 +207,17 @@ def outputs(
     return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def widen(x: Any) -> Any:
+def _widen(x: Any) -> Any:
     """float64 in place of a narrower floating-point type; anything else as it is."""
     return torch.float64 if isinstance(x, torch.dtype) and x in NARROW else x
 
 
-def copy_of(x: Any) -> Any:
+def _copy_of(x: Any) -> Any:
     """A copy of a tensor; anything else as it is."""
     return x.clone() if isinstance(x, Tensor) else x
 
 
-def change(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def _change(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative difference: the largest deviation over the largest value of that output."""
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
@@ -240,7 +240,7 @@ class Sample:
 
     def change(self, state: Mapping[str, Tensor]) -> float:
         """How much the outputs change under other weights."""
-        return change(outputs(self.network, state, self.args, self.named), self.expected)
+        return _change(_outputs(self.network, state, self.args, self.named), self.expected)
 
     def change_allowed(
         self, state: Mapping[str, Tensor], tolerance: float, rng: np.random.Generator
@@ -269,7 +269,7 @@ class Sample:
         leaves = {name: moved[name].detach().clone().requires_grad_() for name in names}
         state = {**moved, **leaves, **{alias: leaves[name] for name in names for alias in names[name]}}
         try:
-            found = outputs(self.network, state, self.args, self.named, mode=ThroughStatistics(), differentiable=True)
+            found = _outputs(self.network, state, self.args, self.named, mode=ThroughStatistics(), differentiable=True)
             seen = []
             for x in (x for x in found if x.numel() and x.requires_grad):
                 direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
@@ -306,11 +306,11 @@ def draw(network: nn.Module, symmetry: Symmetry, inputs: Any, rng: np.random.Gen
         SymmetryError: No such sample was found.
     """
     for _ in range(DRAWS):
-        state = fresh_weights(network, symmetry, rng)
-        args, named = fresh_inputs(inputs, rng)
+        state = _fresh_weights(network, symmetry, rng)
+        args, named = _fresh_inputs(inputs, rng)
         settling = Settling(state, torch.Generator().manual_seed(int(rng.integers(2**62))))
         try:
-            expected = outputs(network, state, args, named, mode=settling)
+            expected = _outputs(network, state, args, named, mode=settling)
         except RuntimeError as error:  # an operation that knows no float64, for example
             told = str(error).strip().partition("\n")[0]
             raise ModelError(

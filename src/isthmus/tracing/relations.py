@@ -16,15 +16,15 @@ def close_relations(units: Units) -> Int[np.ndarray, "edges 3"]:
             len(units.relations),
             int(np.count_nonzero(units.find(np.arange(units.size)) != np.arange(units.size))),
         )
-        records = canonical_relations(units)
+        records = _canonical_relations(units)
         for children, parents in records:
             order = np.argsort(children, kind="stable")
             same = np.flatnonzero(children[order][1:] == children[order][:-1])
             if len(same):  # a function has one value: two parents of one child in one relation are the same unit
                 units.unite(parents[order[same]], parents[order[same + 1]], ordered=False)
         movable = [(c, p) for c, p in records if not units.is_frozen(p).all()]
-        for first, second in overlapping(movable):
-            relate_images(units, movable[first], movable[second])
+        for first, second in _overlapping(movable):
+            _relate_images(units, movable[first], movable[second])
         after = (
             len(units.relations),
             int(np.count_nonzero(units.find(np.arange(units.size)) != np.arange(units.size))),
@@ -34,7 +34,7 @@ def close_relations(units: Units) -> Int[np.ndarray, "edges 3"]:
     # Which relation says so matters: in x_i − x_j one parent is the first and one the second.
     edges = [
         np.stack([children, parents, np.full_like(children, number)], axis=1)
-        for number, (children, parents) in enumerate(canonical_relations(units))
+        for number, (children, parents) in enumerate(_canonical_relations(units))
     ]
     found = np.concatenate(edges) if edges else np.empty((0, 3), dtype=np.int64)
     while True:  # a fixed unit fixes what it is inside of
@@ -44,7 +44,7 @@ def close_relations(units: Units) -> Int[np.ndarray, "edges 3"]:
         units.freeze(found[stuck, 1], "holds units that are fixed")
 
 
-def canonical_relations(units: Units) -> list[tuple[Ids, Ids]]:
+def _canonical_relations(units: Units) -> list[tuple[Ids, Ids]]:
     """The relations between representatives, without repetitions; they replace the recorded ones."""
     unique: dict[bytes, tuple[Ids, Ids]] = {}
     for children, parents in units.relations:
@@ -56,7 +56,7 @@ def canonical_relations(units: Units) -> list[tuple[Ids, Ids]]:
     return units.relations[:]
 
 
-def overlapping(records: Sequence[tuple[Ids, Ids]]) -> list[tuple[int, int]]:
+def _overlapping(records: Sequence[tuple[Ids, Ids]]) -> list[tuple[int, int]]:
     """Pairs of relations that share a child."""
     if not records:
         return []
@@ -79,7 +79,7 @@ def overlapping(records: Sequence[tuple[Ids, Ids]]) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def relate_images(units: Units, first: tuple[Ids, Ids], second: tuple[Ids, Ids]) -> None:
+def _relate_images(units: Units, first: tuple[Ids, Ids], second: tuple[Ids, Ids]) -> None:
     """Two maps on one set of children induce pairs of parents; those pairs are a relation like any other."""
     shared, a, b = np.intersect1d(first[0], second[0], return_indices=True)
     if len(shared) < 2:

@@ -83,16 +83,16 @@ def find_rotations(tracing: Tracing, program: Program) -> list[Gauge]:
         if not all(isinstance(operand, fx.Node) for operand in operands) or operands[0] is operands[1]:
             continue
         pairs = [
-            turned_pairs(tracing, program, layers, unused, node, operand, dim)
+            _turned_pairs(tracing, program, layers, unused, node, operand, dim)
             for operand, (_, dim) in zip(operands, sides, strict=True)
         ]
         if pairs[0] is not None and pairs[1] is not None:
-            gauge = gauge_of(tracing, pairs[0], pairs[1])
+            gauge = _gauge_of(tracing, pairs[0], pairs[1])
             found += [] if gauge is None else [gauge]
     return found
 
 
-def turned_pairs(
+def _turned_pairs(
     tracing: Tracing,
     program: Program,
     layers: dict[str, Contraction],
@@ -112,33 +112,33 @@ def turned_pairs(
         operand: One of them.
         dim: The dimension that the product sums over.
     """
-    past = linear_past(tracing, layers, operand)
+    past = _linear_past(tracing, layers, operand)
     if past is None:
         return None
     source, nodes = past
     layer = layers[source.name]
     shape = source.meta["val"].shape
-    if layer.channel != len(shape) - 1 or not read_once(tracing, program, source, layer):
+    if layer.channel != len(shape) - 1 or not _read_once(tracing, program, source, layer):
         return None
     places = torch.arange(shape.numel()).reshape(1, *shape)
     values: dict[fx.Node, Any] = {source: Terms(places, torch.ones(places.shape, dtype=torch.float64))}
     for node in (n for n in program.graph.nodes if n in nodes):
-        values[node] = follow(tracing, node, values)
+        values[node] = _follow(tracing, node, values)
         if values[node] is None:
             return None
-    pairs = pairs_of(layer, values[operand], dim, shape[-1])
+    pairs = _pairs_of(layer, values[operand], dim, shape[-1])
     if pairs is None:
         return None
     for node in [source, *nodes]:
         for user in node.users:
             if user in nodes or user in unused or (user is product and node is operand):
                 continue
-            if holds(follow(tracing, user, values), pairs.units, shape[-1]):
+            if _holds(_follow(tracing, user, values), pairs.units, shape[-1]):
                 return None
     return pairs
 
 
-def linear_past(
+def _linear_past(
     tracing: Tracing, layers: dict[str, Contraction], operand: fx.Node
 ) -> tuple[fx.Node, set[fx.Node]] | None:
     """The one linear layer that a value was made from, and the operations since; None where there are others."""
@@ -160,7 +160,7 @@ def linear_past(
     return (sources.pop(), nodes) if len(sources) == 1 else None
 
 
-def read_once(tracing: Tracing, program: Program, source: fx.Node, layer: Contraction) -> bool:
+def _read_once(tracing: Tracing, program: Program, source: fx.Node, layer: Contraction) -> bool:
     """Whether a layer's weight and bias are all that it reads beside its input, and nothing else reads them."""
     names = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
     parameters = [node for node in source.all_input_nodes if node.name != layer.source]
@@ -169,7 +169,7 @@ def read_once(tracing: Tracing, program: Program, source: fx.Node, layer: Contra
     return known and len(readers) == len(names) and all(len(node.users) == 1 for node in parameters)
 
 
-def follow(tracing: Tracing, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+def _follow(tracing: Tracing, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """What an operation makes of sums of units: such sums again, several of them, or None where it cannot be told."""
     if node.op != "call_function":
         return None
@@ -195,19 +195,19 @@ def follow(tracing: Tracing, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if name == "aten.neg" and isinstance(first, Terms):
         return Terms(first.units, -first.factors)
     if name in ("aten.mul", "aten.div"):
-        return scaled(name, first, rest[0])
+        return _scaled(name, first, rest[0])
     if name in ("aten.add", "aten.sub") and isinstance(first, Terms) and isinstance(rest[0], Terms):
         factor = getattr(arguments, "alpha", 1) * (1 if name == "aten.add" else -1)
-        return added(first, Terms(rest[0].units, factor * rest[0].factors))
+        return _added(first, Terms(rest[0].units, factor * rest[0].factors))
     if name in ("aten.cat", "aten.stack") and isinstance(first, list | tuple):
         parts = [each for each in first if isinstance(each, Terms)]
-        return beside(op, parts, rest[0]) if len(parts) == len(first) else None
+        return _beside(op, parts, rest[0]) if len(parts) == len(first) else None
     if rule is run and isinstance(first, Terms) and not any(isinstance(each, Terms | Value) for each in rest):
-        return moved(op, first, vars(arguments))
+        return _moved(op, first, vars(arguments))
     return None
 
 
-def scaled(name: str, first: Any, second: Any) -> Terms | None:
+def _scaled(name: str, first: Any, second: Any) -> Terms | None:
     """A product or quotient of sums of units and constants."""
     if name == "aten.mul" and isinstance(second, Terms):
         first, second = second, first
@@ -218,7 +218,7 @@ def scaled(name: str, first: Any, second: Any) -> Terms | None:
     return Terms(first.units.expand(factors.shape) if factors.ndim == first.units.ndim else first.units, factors)
 
 
-def added(first: Terms, second: Terms) -> Terms | None:
+def _added(first: Terms, second: Terms) -> Terms | None:
     """The sum of two, each unit once."""
     if first.units.shape[1:] != second.units.shape[1:]:
         return None
@@ -235,7 +235,7 @@ def added(first: Terms, second: Terms) -> Terms | None:
     return None if len(units) > MOST_TERMS else Terms(torch.stack(units), torch.stack(factors))
 
 
-def beside(op: OpOverload, parts: Sequence[Terms], dim: int) -> Terms:
+def _beside(op: OpOverload, parts: Sequence[Terms], dim: int) -> Terms:
     """Several side by side, along a dimension that is there or along a new one."""
     most = max(len(part.units) for part in parts)
     padded = [
@@ -249,7 +249,7 @@ def beside(op: OpOverload, parts: Sequence[Terms], dim: int) -> Terms:
     return Terms(units, factors)
 
 
-def moved(op: OpOverload, x: Terms, arguments: dict[str, Any]) -> Any:
+def _moved(op: OpOverload, x: Terms, arguments: dict[str, Any]) -> Any:
     """An operation that only moves elements, run on both arrays."""
     act = mover(op, arguments)
     units, factors = [act(each) for each in x.units], [act(each) for each in x.factors]
@@ -260,7 +260,7 @@ def moved(op: OpOverload, x: Terms, arguments: dict[str, Any]) -> Any:
     ]
 
 
-def holds(found: Any, units: Int[np.ndarray, "heads pairs 2"], width: int) -> bool:
+def _holds(found: Any, units: Int[np.ndarray, "heads pairs 2"], width: int) -> bool:
     """Whether sums hold one of the units of a layer; also where what they hold cannot be told."""
     if isinstance(found, list):
         return False  # what is taken out of the list is looked at by itself
@@ -270,7 +270,7 @@ def holds(found: Any, units: Int[np.ndarray, "heads pairs 2"], width: int) -> bo
     return bool(np.isin(there, units).any())
 
 
-def pairs_of(layer: Contraction, terms: Terms, dim: int, width: int) -> Pairs | None:
+def _pairs_of(layer: Contraction, terms: Terms, dim: int, width: int) -> Pairs | None:
     """The pairs of units that an operand holds turned, in every head and at every position; None where it holds none.
 
     Args:
@@ -322,7 +322,7 @@ def pairs_of(layer: Contraction, terms: Terms, dim: int, width: int) -> Pairs | 
     return Pairs(layer, where, held)
 
 
-def gauge_of(tracing: Tracing, queries: Pairs, keys: Pairs) -> Gauge | None:
+def _gauge_of(tracing: Tracing, queries: Pairs, keys: Pairs) -> Gauge | None:
     """The gauge of queries and keys that meet; None where they do not meet pair by pair.
 
     Several heads of queries may meet one of keys, and then turn together.
@@ -346,12 +346,12 @@ def gauge_of(tracing: Tracing, queries: Pairs, keys: Pairs) -> Gauge | None:
     sites = tuple(
         site
         for pairs, units, role in ((queries, query_units, "vector"), (keys, key_units, "covector"))
-        for site in sites_of(pairs.layer, units, role)
+        for site in _sites_of(pairs.layer, units, role)
     )
     return Gauge(f"{queries.layer.weight.rpartition('.')[0] or queries.layer.weight}/turns", "rotation", sites)
 
 
-def sites_of(layer: Contraction, units: Int[np.ndarray, "heads pairs repeat"], role: str) -> Iterator[Site]:
+def _sites_of(layer: Contraction, units: Int[np.ndarray, "heads pairs repeat"], role: str) -> Iterator[Site]:
     """Where a layer's weight and bias hold units that it produces."""
     yield Site(layer.weight, (layer.output,), units, role)
     if layer.bias is not None:

@@ -227,7 +227,9 @@ class Places:
             if beyond and beyond != set(support(root)):
                 shape = tuple(size if d in dims or d in beyond else 1 for d, size in enumerate(value.shape))
                 rest = np.broadcast_to(self.residual(root, own), shape)
-                rows = rest.transpose(moved_to_front(dims, len(shape))).reshape(-1, math.prod(shape[d] for d in beyond))
+                rows = rest.transpose(_moved_to_front(dims, len(shape))).reshape(
+                    -1, math.prod(shape[d] for d in beyond)
+                )
                 carried = rows[positions]
                 if not (carried == carried[:1, :1]).all():
                     return beyond
@@ -238,7 +240,7 @@ class Places:
     ) -> Int[np.ndarray, "copies size repeat"]:
         """Positions along the flattened `dims` of a space's units, so that equal r means corresponding places."""
         shape = tuple(value.shape[d] if d in dims else 1 for d in range(len(value.shape)))
-        front = moved_to_front(dims, len(shape))
+        front = _moved_to_front(dims, len(shape))
         unit = np.broadcast_to(index, shape).transpose(front).ravel()
         own = set(self.solution.ancestors(block))
         rests = [
@@ -260,6 +262,6 @@ class Places:
         return touched[order].reshape(copies, size, -1)
 
 
-def moved_to_front(dims: tuple[int, ...], ndim: int) -> list[int]:
+def _moved_to_front(dims: tuple[int, ...], ndim: int) -> list[int]:
     """The order of dimensions that puts `dims` first."""
     return [*dims, *(d for d in range(ndim) if d not in dims)]

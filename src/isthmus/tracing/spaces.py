@@ -19,16 +19,16 @@ def solve(tracing: Tracing) -> Places:
     while True:
         edges = close_relations(units)
         colours = colour_units(units, edges)
-        solution, irregular = build_blocks(units, edges, colours, units_of_interest(tracing))
+        solution, irregular = _build_blocks(units, edges, colours, _units_of_interest(tracing))
         places = Places(units, solution)
         if irregular is None:
-            irregular = irregular_sites(tracing, places)
+            irregular = _irregular_sites(tracing, places)
         if irregular is None:
             return places
         units.freeze(irregular, "its units meet others in an irregular pattern", expected=False)
 
 
-def units_of_interest(tracing: Tracing) -> Ids:
+def _units_of_interest(tracing: Tracing) -> Ids:
     """Representatives of all movable units that lie along a parameter."""
     layers = [layer.ravel() for value in tracing.parameters.values() for layer in value.layers]
     if not layers:
@@ -37,7 +37,7 @@ def units_of_interest(tracing: Tracing) -> Ids:
     return roots[~tracing.units.is_frozen(roots)]
 
 
-def build_blocks(
+def _build_blocks(
     units: Units, edges: Int[np.ndarray, "edges 3"], colours: Hashes, wanted: Ids
 ) -> tuple[Solution, Ids | None]:
     """Spaces from colours: exchangeable units that share what they are inside of form one copy of a space.
@@ -54,7 +54,7 @@ def build_blocks(
         elif parent not in parents[child]:
             parents[child].append(parent)
     solution = Solution([], {}, colours)
-    depths, cycle = depth_of(wanted.tolist(), parents)
+    depths, cycle = _depth_of(wanted.tolist(), parents)
     if cycle:
         return solution, np.array(cycle)
     classes: dict[int, list[int]] = defaultdict(list)
@@ -66,18 +66,18 @@ def build_blocks(
     while (factors[edges[:, 1]] & ~factors[edges[:, 0]]).any():
         np.bitwise_and.at(factors, edges[:, 1], factors[edges[:, 0]])
     for members in sorted(classes.values(), key=lambda group: (depths[group[0]], min(group))):
-        above = {root: direct_parents(root, parents) for root in members}
+        above = {root: _direct_parents(root, parents) for root in members}
         families: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for root in sorted(members):
             families[tuple(above[root])].append(root)
-        if not place_class(solution, families, tags, levels):
+        if not _place_class(solution, families, tags, levels):
             return solution, np.array(members)
     for block in solution.blocks:
         block.factors = int(np.bitwise_and.reduce(factors[block.roots.ravel()]))
     return solution, None
 
 
-def depth_of(wanted: Sequence[int], parents: Mapping[int, list[int]]) -> tuple[dict[int, int], list[int]]:
+def _depth_of(wanted: Sequence[int], parents: Mapping[int, list[int]]) -> tuple[dict[int, int], list[int]]:
     """How deeply each unit and each of its ancestors is nested; or the units of a cycle."""
     depths: dict[int, int] = {}
     for start in wanted:
@@ -99,7 +99,7 @@ def depth_of(wanted: Sequence[int], parents: Mapping[int, list[int]]) -> tuple[d
     return depths, []
 
 
-def direct_parents(root: int, parents: Mapping[int, list[int]]) -> list[int]:
+def _direct_parents(root: int, parents: Mapping[int, list[int]]) -> list[int]:
     """A unit's parents without those that another of its parents is itself inside of."""
     direct = sorted(parents.get(root, ()))
     if len(direct) < 2:
@@ -114,7 +114,7 @@ def direct_parents(root: int, parents: Mapping[int, list[int]]) -> list[int]:
     return [p for p in direct if p not in higher]
 
 
-def place_class(
+def _place_class(
     solution: Solution, families: Mapping[tuple[int, ...], list[int]], tags: Mapping[int, list[Tag]], levels: Ids
 ) -> bool:
     """Gives coordinates to a class of exchangeable units; False where their families differ in size."""
@@ -122,10 +122,10 @@ def place_class(
     if len(sizes) != 1:
         return False
     size = sizes.pop()
-    base = {key: inherit(solution, key) for key in families}
+    base = {key: _inherit(solution, key) for key in families}
     if any(coordinates is None for coordinates in base.values()):
         return False
-    parent, is_chain = innermost(solution, [c for c in base.values() if c is not None])
+    parent, is_chain = _innermost(solution, [c for c in base.values() if c is not None])
     own: int | None = None
     if size > 1 and is_chain:
         copies = 1 if parent is None else solution.blocks[parent].copies * solution.blocks[parent].size
@@ -134,7 +134,7 @@ def place_class(
         own = len(solution.blocks)
         roots = np.empty((copies, size), dtype=np.int64)
         for key, family in families.items():
-            row = 0 if parent is None else flat_of(solution, base[key], parent)
+            row = 0 if parent is None else _flat_of(solution, base[key], parent)
             roots[row] = family
         solution.blocks.append(Block(roots, parent, max(int(levels[r]) for r in roots.ravel())))
     for key, family in families.items():
@@ -149,7 +149,7 @@ def place_class(
     return True
 
 
-def inherit(solution: Solution, key: tuple[int, ...]) -> Coordinates | None:
+def _inherit(solution: Solution, key: tuple[int, ...]) -> Coordinates | None:
     """The coordinates that a unit has from its parents; None where two parents stand in one space at two places."""
     spaces: dict[int, int] = {}
     tags: list[Tag] = []
@@ -162,7 +162,7 @@ def inherit(solution: Solution, key: tuple[int, ...]) -> Coordinates | None:
     return Coordinates(spaces, tuple(tags))
 
 
-def innermost(solution: Solution, bases: Sequence[Coordinates]) -> tuple[int | None, bool]:
+def _innermost(solution: Solution, bases: Sequence[Coordinates]) -> tuple[int | None, bool]:
     """The space that a class is nested in, and whether its coordinates are just that space and its ancestors."""
     blocks = set(bases[0].spaces)
     if any(set(base.spaces) != blocks for base in bases):
@@ -173,7 +173,7 @@ def innermost(solution: Solution, bases: Sequence[Coordinates]) -> tuple[int | N
     return deepest, set(solution.ancestors(deepest)) == blocks
 
 
-def flat_of(solution: Solution, coordinates: Coordinates | None, block: int) -> int:
+def _flat_of(solution: Solution, coordinates: Coordinates | None, block: int) -> int:
     """The flat index, over all copies, of coordinates in a space."""
     assert coordinates is not None
     flat = 0
@@ -182,7 +182,7 @@ def flat_of(solution: Solution, coordinates: Coordinates | None, block: int) -> 
     return flat
 
 
-def irregular_sites(tracing: Tracing, places: Places) -> Ids | None:
+def _irregular_sites(tracing: Tracing, places: Places) -> Ids | None:
     """The units of the first space that some parameter touches irregularly; None where all are regular."""
     for value in tracing.parameters.values():
         for block in places.blocks_in(value):

@@ -25,31 +25,31 @@ def labelled_together(node: fx.Node, shape: Sequence[int]) -> Groups:
         shape: The parameter's shape.
     """
     alone = tuple((d,) for d in range(len(shape)))
-    users = [user for user in node.users if returns(user)]
+    users = [user for user in node.users if _returns(user)]
     if len(shape) < 2 or not users:
         return alone
-    if all(picks_a_part(user, node) for user in users):
-        return affordable(((0,), *((0, d) for d in range(1, len(shape)))), shape, alone)
+    if all(_picks_a_part(user, node) for user in users):
+        return _affordable(((0,), *((0, d) for d in range(1, len(shape)))), shape, alone)
     if len(shape) == 3 and len(users) == 1:
         order, last, user = [0, 1, 2], node, users[0]
-        while name_of(user) in ("aten.transpose", "aten.permute", "aten.contiguous", "aten.to"):
+        while _name_of(user) in ("aten.transpose", "aten.permute", "aten.contiguous", "aten.to"):
             arguments: Any = user.args
-            if name_of(user) == "aten.transpose":
+            if _name_of(user) == "aten.transpose":
                 a, b = arguments[1] % 3, arguments[2] % 3
                 order[a], order[b] = order[b], order[a]
-            elif name_of(user) == "aten.permute":
+            elif _name_of(user) == "aten.permute":
                 order = [order[d % 3] for d in arguments[1]]
-            after = [each for each in user.users if returns(each)]
+            after = [each for each in user.users if _returns(each)]
             if len(after) != 1:
                 return alone
             last, user = user, after[0]
-        roles = roles_in(user, last)
+        roles = _roles_in(user, last)
         if roles is not None:
-            return affordable(tuple(tuple(sorted(order[d] for d in group)) for group in roles), shape, alone)
+            return _affordable(tuple(tuple(sorted(order[d] for d in group)) for group in roles), shape, alone)
     return alone
 
 
-def affordable(groups: Groups, shape: Sequence[int], otherwise: Groups) -> Groups:
+def _affordable(groups: Groups, shape: Sequence[int], otherwise: Groups) -> Groups:
     """The groups, or the plain ones where there would be too many labels."""
     count = 0
     for group in groups:
@@ -60,41 +60,41 @@ def affordable(groups: Groups, shape: Sequence[int], otherwise: Groups) -> Group
     return groups if count <= LARGEST else otherwise
 
 
-def returns(node: fx.Node) -> bool:
+def _returns(node: fx.Node) -> bool:
     """Whether a node has a value, unlike an assertion."""
     return not isinstance(node.target, OpOverload) or bool(node.target._schema.returns)
 
 
-def name_of(node: fx.Node) -> str:
+def _name_of(node: fx.Node) -> str:
     """Name of the operation that a node runs."""
     return str(node.target.overloadpacket) if isinstance(node.target, OpOverload) else ""
 
 
-def picks_a_part(user: fx.Node, node: fx.Node) -> bool:
+def _picks_a_part(user: fx.Node, node: fx.Node) -> bool:
     """Whether a node takes whole parts of a stack along its first dimension, by a number or by chosen numbers."""
     arguments: Any = user.args
     if not arguments or arguments[0] is not node:
         return False
-    if name_of(user) == "aten.select":
+    if _name_of(user) == "aten.select":
         return arguments[1] == 0
-    if name_of(user) == "aten.unbind":
+    if _name_of(user) == "aten.unbind":
         return len(arguments) < 2 or arguments[1] == 0
-    indices: Any = arguments[1] if name_of(user) == "aten.index" else ()
-    return len(indices) == 1 and isinstance(indices[0], fx.Node) and is_chosen(indices[0])
+    indices: Any = arguments[1] if _name_of(user) == "aten.index" else ()
+    return len(indices) == 1 and isinstance(indices[0], fx.Node) and _is_chosen(indices[0])
 
 
-def is_chosen(node: fx.Node) -> bool:
+def _is_chosen(node: fx.Node) -> bool:
     """Whether a tensor holds the indices that `topk` found, perhaps reshaped."""
     while node.op == "call_function" and isinstance(node.target, OpOverload) and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     arguments: Any = node.args if node.op == "call_function" and len(node.args) == 2 else (None, None)
     source, which = arguments
-    return isinstance(source, fx.Node) and name_of(source) == "aten.topk" and which == 1
+    return isinstance(source, fx.Node) and _name_of(source) == "aten.topk" and which == 1
 
 
-def roles_in(user: fx.Node, node: fx.Node) -> Groups | None:
+def _roles_in(user: fx.Node, node: fx.Node) -> Groups | None:
     """The groups of dimensions of one factor of a product: what is kept, what is summed, each with what is shared."""
-    name = name_of(user)
+    name = _name_of(user)
     if name == "aten.einsum":
         terms, arrow, result = str(user.args[0]).replace(" ", "").partition("->")
         operands: Any = user.args[1]

@@ -34,49 +34,49 @@ def mutate(tracing: Tracing, node: fx.Node, result: Any) -> None:
         and len(before.layers) == len(result.layers)
         and all(contains(tracing.units, before.layers, layer) for layer in result.layers)
     )
-    note_lost(tracing, target, before, result)
+    _note_lost(tracing, target, before, result)
     tracing.values[target.name] = result
     whole = tracing.values[origin(target).name]
     if alike and isinstance(whole, Value) and (whole.shape == result.shape or identifies(tracing.units, whole)):
         return
-    family = [name for name in sharing_memory(tracing, target) if name != target.name]
-    if not family or rebuild(tracing, node, target, result):
+    family = [name for name in _sharing_memory(tracing, target) if name != target.name]
+    if not family or _rebuild(tracing, node, target, result):
         return
     # Which part of the others was written over is not followed.
     freeze_value(tracing.units, result, "written into a part of a tensor", expected=False)
     for name in family:
         for value in values_in(tracing.values[name]):
             freeze_value(tracing.units, value, "a part of it is written over", expected=False)
-        tracing.values[name] = map_aggregate(tracing.values[name], lambda item: rigidified(tracing.units, item))
+        tracing.values[name] = map_aggregate(tracing.values[name], lambda item: _rigidified(tracing.units, item))
 
 
-def rebuild(tracing: Tracing, node: fx.Node, target: fx.Node, result: Value) -> bool:
+def _rebuild(tracing: Tracing, node: fx.Node, target: fx.Node, result: Value) -> bool:
     """Writes a part's new value into all that it is a part of; False where that cannot be followed."""
     chain: list[fx.Node] = []
     whole = target
     while whole is not origin(target):
-        if not part_of(tracing, whole)[2]:
+        if not _part_of(tracing, whole)[2]:
             return False
         chain.append(whole)
         whole = whole.all_input_nodes[0]
     names = {other.name: other for other in node.graph.nodes}
     order = {other: place for place, other in enumerate(names.values())}
-    for other in map(names.__getitem__, sharing_memory(tracing, target)):
+    for other in map(names.__getitem__, _sharing_memory(tracing, target)):
         if other not in (*chain, whole) and any(order[user] > order[node] for user in other.users):
             return False  # another view, which is read after it has changed
     for view in chain:
-        dim, start, _ = part_of(tracing, view)
+        dim, start, _ = _part_of(tracing, view)
         outer = view.all_input_nodes[0]
         value: Value = tracing.values[outer.name]
         if len(result.shape) < len(value.shape):
             result = unsqueeze(result, dim)
-        result = overwrite(tracing.units, value, result, dim, start)
-        note_lost(tracing, outer, value, result)
+        result = _overwrite(tracing.units, value, result, dim, start)
+        _note_lost(tracing, outer, value, result)
         tracing.values[outer.name] = result
     return True
 
 
-def note_lost(tracing: Tracing, node: fx.Node, before: Any, after: Value) -> None:
+def _note_lost(tracing: Tracing, node: fx.Node, before: Any, after: Value) -> None:
     """Notes the units that were written over: their node carries them no more, and yet has not read them."""
     old = [tracing.units.find(layer.ravel()) for value in values_in(before) for layer in value.layers]
     if old:
@@ -86,7 +86,7 @@ def note_lost(tracing: Tracing, node: fx.Node, before: Any, after: Value) -> Non
             tracing.cut.setdefault(node.name, []).append(lost)
 
 
-def overwrite(units: Units, whole: Value, part: Value, dim: int, start: int) -> Value:
+def _overwrite(units: Units, whole: Value, part: Value, dim: int, start: int) -> Value:
     """The whole with a slice along `dim` replaced by another value.
 
     Labels of the slice go into a layer of the whole that has the same shape but for `dim`, and says nothing else about
@@ -113,7 +113,7 @@ def overwrite(units: Units, whole: Value, part: Value, dim: int, start: int) -> 
     return Value(whole.shape, simplify(units, [layer for layer in layers if support(layer)]))
 
 
-def part_of(tracing: Tracing, view: fx.Node) -> tuple[int, int, int]:
+def _part_of(tracing: Tracing, view: fx.Node) -> tuple[int, int, int]:
     """Dimension, start and length of the part of its input that a view is; length 0 where it is no such part."""
     outer = tracing.values.get(view.args[0].name) if view.args and isinstance(view.args[0], fx.Node) else None
     op = view.target
@@ -132,11 +132,11 @@ def part_of(tracing: Tracing, view: fx.Node) -> tuple[int, int, int]:
     return 0, 0, 0
 
 
-def rigidified(units: Units, item: Any) -> Any:
+def _rigidified(units: Units, item: Any) -> Any:
     """A value with every position fixed; anything else as it is."""
     return rigid_value(units, item.shape) if isinstance(item, Value) else item
 
 
-def sharing_memory(tracing: Tracing, node: fx.Node) -> list[str]:
+def _sharing_memory(tracing: Tracing, node: fx.Node) -> list[str]:
     """Names of all traced nodes that are views of the tensor that a node is a view of."""
     return [other.name for other in node.graph.nodes if other.name in tracing.values and origin(other) is origin(node)]

@@ -121,7 +121,7 @@ def train(
     return Trained(model.eval(), tuple(history))
 
 
-def learning_rate(options: TrainOptions, step: int, steps: int) -> float:
+def _learning_rate(options: TrainOptions, step: int, steps: int) -> float:
     """Returns the learning rate of a step (from 0), with `steps` in an epoch."""
     total, warm = options.epochs * steps, options.warmup * steps
     if options.schedule == "one_cycle":
@@ -138,7 +138,7 @@ def learning_rate(options: TrainOptions, step: int, steps: int) -> float:
     return options.learning_rate * factor
 
 
-def flip_and_crop(x: UInt8[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
+def _flip_and_crop(x: UInt8[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
     """Returns each image flipped with probability ½ and shifted by up to 4 pixels over black, by the global generator.
 
     The result is laid out channels last.
@@ -181,9 +181,9 @@ class _Run:
         order = self.samples[torch.randperm(len(self.samples))]
         for step, chosen in enumerate(order.tensor_split(self.steps)):
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.options, number * self.steps + step, self.steps)
+                group["lr"] = _learning_rate(self.options, number * self.steps + step, self.steps)
             x, y = self.data.x_train[chosen], self.data.y_train[chosen].to(self.device)
-            x = flip_and_crop(x) if self.options.augment else x
+            x = _flip_and_crop(x) if self.options.augment else x
             loss, hits = self.score(normalise(x.to(self.device), self.data.mean, self.data.std), y)
             self.optimizer.zero_grad()
             loss.backward()

@@ -35,9 +35,9 @@ TABLE: dict[str, Rule] = {
 KEEPING_INDICES = frozenset({run, unchanged, index})
 
 
-def is_pointwise(op: OpOverload) -> bool:
+def _is_pointwise(op: OpOverload) -> bool:
     """Whether torch itself declares that an operation works element by element."""
     return torch.Tag.pointwise in op.tags
 
 
-RULES = Rules(TABLE, is_pointwise, mutate, spread, KEEPING_INDICES)
+RULES = Rules(TABLE, _is_pointwise, mutate, spread, KEEPING_INDICES)

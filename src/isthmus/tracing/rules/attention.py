@@ -14,7 +14,7 @@ from isthmus.tracing.rules.contraction import contract, matmul_aligned
 from isthmus.tracing.rules.normalisation import normalised
 
 
-def scaled_dot_product_attention(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+def _scaled_dot_product_attention(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """`softmax(q kᵀ · scale + mask) v`, head by head; a key head may serve several query heads that follow it.
 
     Source: Vaswani et al., Attention Is All You Need (2017).
@@ -23,7 +23,7 @@ def scaled_dot_product_attention(tracing: Tracing, node: fx.Node, a: SimpleNames
         return NotImplemented  # a random mask breaks every symmetry
     units, query, key, value = tracing.units, a.query, a.key, a.value
     if a.enable_gqa:
-        key, value = (repeated(x, -3, query.shape[-3] // x.shape[-3]) for x in (key, value))
+        key, value = (_repeated(x, -3, query.shape[-3] // x.shape[-3]) for x in (key, value))
     scores = contract(units, unsqueeze(query, -2), unsqueeze(key, -3), [-1])
     masks = [] if a.attn_mask is None else [a.attn_mask]
     if a.is_causal:
@@ -34,7 +34,7 @@ def scaled_dot_product_attention(tracing: Tracing, node: fx.Node, a: SimpleNames
     return matmul_aligned(tracing, weights, value)
 
 
-def repeated(value: Value, dim: int, times: int) -> Value:
+def _repeated(value: Value, dim: int, times: int) -> Value:
     """The value with each slice along `dim` repeated `times` in a row."""
     dim %= len(value.shape)
     shape: Sequence[int] = (*value.shape[:dim], value.shape[dim] * times, *value.shape[dim + 1 :])
@@ -42,5 +42,5 @@ def repeated(value: Value, dim: int, times: int) -> Value:
 
 
 ATTENTION: dict[str, Rule] = {
-    "aten.scaled_dot_product_attention": scaled_dot_product_attention,
+    "aten.scaled_dot_product_attention": _scaled_dot_product_attention,
 }

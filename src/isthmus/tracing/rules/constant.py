@@ -11,7 +11,7 @@ from isthmus.tracing.labels import Value, constant_value
 FILLS = {"zeros": 0, "ones": 1}
 
 
-def filled(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _filled(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """A tensor of one number."""
     shape = output_shapes(node)
     assert isinstance(shape, tuple)
@@ -23,5 +23,5 @@ def filled(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
 
 
 CONSTANTS: dict[str, Rule] = {
-    f"aten.{name}": filled for name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+    f"aten.{name}": _filled for name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 }

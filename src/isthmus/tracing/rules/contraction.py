@@ -22,7 +22,7 @@ def contract(units: Units, left: Value, right: Value, dims: list[int]) -> Value:
     one_parameter = (left.source is None) != (right.source is None)
     for value, other in ((left, right), (right, left)):
         offset = ndim - len(value.shape)
-        one_to_one = is_told_apart(units, other, ndim, gone)
+        one_to_one = _is_told_apart(units, other, ndim, gone)
         for layer in value.layers:
             along = {d + offset for d in support(layer)}
             summed = along & gone
@@ -38,11 +38,11 @@ def contract(units: Units, left: Value, right: Value, dims: list[int]) -> Value:
     return reduce(units, product, sorted(gone))
 
 
-def is_told_apart(units: Units, value: Value, ndim: int, gone: set[int]) -> bool:
+def _is_told_apart(units: Units, value: Value, ndim: int, gone: set[int]) -> bool:
     """Whether no two of the positions that are summed over hold the same number: only such can be mixed at will."""
     offset = ndim - len(value.shape)
     shape = tuple(size if d + offset in gone else 1 for d, size in enumerate(value.shape))
-    if any(differs_in_every_row(units, layer, gone, offset) for layer in value.layers):
+    if any(_differs_in_every_row(units, layer, gone, offset) for layer in value.layers):
         return True
     telling = [layer for layer in value.layers if {d + offset for d in support(layer)} <= gone]
     labels = [np.zeros(int(np.prod(shape)), dtype=np.int64)]
@@ -50,7 +50,7 @@ def is_told_apart(units: Units, value: Value, ndim: int, gone: set[int]) -> bool
     return np.unique(np.stack(labels), axis=1).shape[1] == len(labels[0])
 
 
-def differs_in_every_row(units: Units, layer: Labels, gone: set[int], offset: int) -> bool:
+def _differs_in_every_row(units: Units, layer: Labels, gone: set[int], offset: int) -> bool:
     """Whether a layer that varies along one summed dimension, and others, gives each place of a sum another label."""
     summed = [d for d in support(layer) if d + offset in gone]
     if len(gone) != 1 or len(summed) != 1:
@@ -59,7 +59,7 @@ def differs_in_every_row(units: Units, layer: Labels, gone: set[int], offset: in
     return bool((rows[..., 1:] != rows[..., :-1]).all())
 
 
-def record(tracing: Tracing, node: fx.Node, weight: object, bias: object, channel: int, output: int = 0) -> None:
+def _record(tracing: Tracing, node: fx.Node, weight: object, bias: object, channel: int, output: int = 0) -> None:
     """Remembers a contraction of an activation with a parameter."""
     name = tracing.source_of(weight)
     source = node.args[0]
@@ -67,9 +67,9 @@ def record(tracing: Tracing, node: fx.Node, weight: object, bias: object, channe
         tracing.contractions.append(Contraction(node.name, source.name, name, tracing.source_of(bias), channel, output))
 
 
-def linear(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _linear(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """`x Wᵀ + b`."""
-    record(tracing, node, argument(node, 1), argument(node, 2), len(a.input.shape) - 1)
+    _record(tracing, node, argument(node, 1), argument(node, 2), len(a.input.shape) - 1)
     out = contract(tracing.units, unsqueeze(a.input, -2), a.weight, [-1])
     return with_bias(tracing.units, out, a.bias)
 
@@ -88,7 +88,7 @@ def argument(node: fx.Node, index: int) -> object:
     return node.args[index] if index < len(node.args) else None
 
 
-def convolution(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _convolution(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Convolutions of any dimension, grouped or not, plain or transposed."""
     units = tracing.units
     transposed = bool(getattr(a, "transposed", False)) or "transpose" in str(node.target)
@@ -98,7 +98,7 @@ def convolution(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     out_shape = tuple(int(s) for s in node.meta["val"].shape)
     x = pin(units, x, range(-spatial, 0), "lies along positions that a convolution slides over")
     x = reshape(x, x.shape[: len(x.shape) - spatial])
-    weight = split_by_group(tracing, weight, a.groups, transposed)
+    weight = _split_by_group(tracing, weight, a.groups, transposed)
     weight = pin(units, weight, range(2, len(weight.shape)), "kernel positions")
     weight = reshape(weight, weight.shape[:2])
     groups, channels = a.groups, x.shape[-1]
@@ -116,12 +116,12 @@ def convolution(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     out = reshape(out, (*out.shape[:-2], out.shape[-2] * out.shape[-1]))
     out = with_bias(units, out, a.bias)
     if not transposed or groups == 1:  # a transposed grouped weight has no dimension of all produced units
-        record(tracing, node, argument(node, 1), argument(node, 2), 1 if batched else 0, int(transposed))
+        _record(tracing, node, argument(node, 1), argument(node, 2), 1 if batched else 0, int(transposed))
     out = reshape(out, (*out.shape, *[1] * spatial))
     return with_rigid(units, out, out_shape, range(len(out_shape) - spatial, len(out_shape)))
 
 
-def split_by_group(tracing: Tracing, weight: Value, groups: int, transposed: bool) -> Value:
+def _split_by_group(tracing: Tracing, weight: Value, groups: int, transposed: bool) -> Value:
     """A grouped convolution's weight with its shared dimension labelled anew for every group.
 
     A parameter's second dimension starts with one unit per index, the same for all groups; yet each group reads units
@@ -149,23 +149,23 @@ def split_by_group(tracing: Tracing, weight: Value, groups: int, transposed: boo
     return split
 
 
-def matmul(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _matmul(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Matrix products of any rank, batched or not."""
-    left, right = values(a)
+    left, right = _values(a)
     rows, columns = len(left.shape) > 1, len(right.shape) > 1
     product = matmul_aligned(tracing, left if rows else unsqueeze(left, 0), right if columns else unsqueeze(right, 1))
-    product = product if columns else reshape_away(product, -1)
-    return product if rows else reshape_away(product, -2 if columns else -1)
+    product = product if columns else _reshape_away(product, -1)
+    return product if rows else _reshape_away(product, -2 if columns else -1)
 
 
-def values(a: SimpleNamespace) -> tuple[Value, Value]:
+def _values(a: SimpleNamespace) -> tuple[Value, Value]:
     """The two factors, whatever the schema calls them."""
     named = vars(a)
     right = next(named[name] for name in ("mat2", "other", "vec", "tensor") if name in named)
     return named["self" if "self" in named else "input"], right
 
 
-def reshape_away(value: Value, dim: int) -> Value:
+def _reshape_away(value: Value, dim: int) -> Value:
     """The value without a dimension of size 1."""
     dim %= len(value.shape)
     return reshape(value, value.shape[:dim] + value.shape[dim + 1 :])
@@ -173,18 +173,18 @@ def reshape_away(value: Value, dim: int) -> Value:
 
 def matmul_aligned(tracing: Tracing, left: Value, right: Value) -> Value:
     """`left @ right` for values of rank two and more."""
-    right = swap_last(right)  # [..., out, in]
+    right = _swap_last(right)  # [..., out, in]
     return contract(tracing.units, unsqueeze(left, -2), unsqueeze(right, -3), [-1])
 
 
-def swap_last(value: Value) -> Value:
+def _swap_last(value: Value) -> Value:
     """The value with its last two dimensions swapped."""
     order = [*range(len(value.shape) - 2), len(value.shape) - 1, len(value.shape) - 2]
     shape = tuple(value.shape[d] for d in order)
     return Value(shape, tuple(layer.transpose(order) for layer in value.layers), source=value.source)
 
 
-def addmm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _addmm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """`bias + left @ right`."""
     named = vars(a)
     right = named["mat2"] if "mat2" in named else named["batch2"]
@@ -192,7 +192,7 @@ def addmm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return with_bias(tracing.units, matmul_aligned(tracing, left, right), named["self"])
 
 
-def einsum(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+def _einsum(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """Einstein sums of two operands without repeated or elided indices; others have no rule."""
     equation = a.equation.replace(" ", "")
     operands, arrow, result = equation.partition("->")
@@ -200,14 +200,14 @@ def einsum(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     if not arrow or "." in equation or any(len(set(term)) < len(term) for term in terms) or len(terms) > 2:
         return NotImplemented
     letters = result + "".join(sorted(set("".join(terms)) - set(result)))
-    aligned = [align(value, term, letters) for value, term in zip(a.tensors, terms, strict=True)]
+    aligned = [_align(value, term, letters) for value, term in zip(a.tensors, terms, strict=True)]
     summed = [letters.index(x) for x in letters if x not in result]
     if len(aligned) == 1:
         return reduce(tracing.units, aligned[0], summed)
     return contract(tracing.units, aligned[0], aligned[1], summed)
 
 
-def align(value: Value, term: str, letters: str) -> Value:
+def _align(value: Value, term: str, letters: str) -> Value:
     """The value with one dimension for each of `letters`, of size 1 where `term` lacks it."""
     order = [term.index(x) for x in letters if x in term]
     shape = tuple(value.shape[term.index(x)] if x in term else 1 for x in letters)
@@ -222,7 +222,7 @@ def align(value: Value, term: str, letters: str) -> Value:
     return Value(shape, tuple(layers), source=value.source)
 
 
-def embedding(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _embedding(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Rows of a table, looked up by index: the rows are fixed, what lies along them is not."""
     units = tracing.units
     table = pin(units, a.weight, [0], "rows of a table that inputs look up")
@@ -236,22 +236,22 @@ def embedding(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
 
 
 CONTRACTIONS: dict[str, Rule] = {
-    "aten.linear": linear,
-    "aten.conv1d": convolution,
-    "aten.conv2d": convolution,
-    "aten.conv3d": convolution,
-    "aten.convolution": convolution,
-    "aten.conv_transpose1d": convolution,
-    "aten.conv_transpose2d": convolution,
-    "aten.conv_transpose3d": convolution,
-    "aten.matmul": matmul,
-    "aten.mm": matmul,
-    "aten.bmm": matmul,
-    "aten.mv": matmul,
-    "aten.dot": matmul,
-    "aten.vdot": matmul,
-    "aten.addmm": addmm,
-    "aten.baddbmm": addmm,
-    "aten.einsum": einsum,
-    "aten.embedding": embedding,
+    "aten.linear": _linear,
+    "aten.conv1d": _convolution,
+    "aten.conv2d": _convolution,
+    "aten.conv3d": _convolution,
+    "aten.convolution": _convolution,
+    "aten.conv_transpose1d": _convolution,
+    "aten.conv_transpose2d": _convolution,
+    "aten.conv_transpose3d": _convolution,
+    "aten.matmul": _matmul,
+    "aten.mm": _matmul,
+    "aten.bmm": _matmul,
+    "aten.mv": _matmul,
+    "aten.dot": _matmul,
+    "aten.vdot": _matmul,
+    "aten.addmm": _addmm,
+    "aten.baddbmm": _addmm,
+    "aten.einsum": _einsum,
+    "aten.embedding": _embedding,
 }

@@ -44,7 +44,7 @@ def index(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     return with_rigid(tracing.units, out, (*before, *places, *after), range(start, start + len(places)))
 
 
-def gather(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+def _gather(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """Elements chosen along one dimension by a tensor of numbers."""
     x: Value = vars(a)["self"]
     shape = tuple(a.index.shape)
@@ -52,16 +52,16 @@ def gather(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     if not shape or any(shape[d] != x.shape[d] for d in range(len(shape)) if d != dim):
         return NotImplemented
     pinned = pin(tracing.units, x, [dim], "positions that are chosen by an index")
-    out = merge(tracing.units, [pinned, Value(shape, a.index.layers), Value(shape, fixed(tracing, shape, dim))])
+    out = merge(tracing.units, [pinned, Value(shape, a.index.layers), Value(shape, _fixed(tracing, shape, dim))])
     return Value(out.shape, out.layers)
 
 
-def fixed(tracing: Tracing, shape: tuple[int, ...], dim: int) -> Any:
+def _fixed(tracing: Tracing, shape: tuple[int, ...], dim: int) -> Any:
     """Fixed positions along one dimension."""
     return rigid_layers(tracing.units, shape, [dim])
 
 
-def in_order(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+def _in_order(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """Cumulative sums and the like: positions along their dimension are taken one after another."""
     x: Value = vars(a)["self"]
     shape = output_shapes(node)
@@ -69,10 +69,10 @@ def in_order(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
         return NotImplemented
     dim = a.dim % len(shape)
     pinned = pin(tracing.units, x, [dim], "positions that are taken in order")
-    return Value(shape, (*pinned.layers, *fixed(tracing, shape, dim)))
+    return Value(shape, (*pinned.layers, *_fixed(tracing, shape, dim)))
 
 
-def largest(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+def _largest(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """`topk`: the largest elements along a dimension by size, and the indices, which name the units found there."""
     x: Value = vars(a)["self"]
     if not x.shape:
@@ -90,7 +90,7 @@ def largest(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
 
 LOOKUPS: dict[str, Rule] = {
     "aten.index": index,
-    "aten.gather": gather,
-    "aten.cumsum": in_order,
-    "aten.topk": largest,
+    "aten.gather": _gather,
+    "aten.cumsum": _in_order,
+    "aten.topk": _largest,
 }

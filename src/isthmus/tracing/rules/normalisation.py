@@ -14,7 +14,7 @@ from isthmus.tracing.rules.pointwise import PERMUTATION_LEVEL, limit_value
 from isthmus.tracing.units import FIXING_ONES_LEVEL, ORTHOGONAL_LEVEL, Units
 
 
-def along(value: Value | None, dim: int, ndim: int) -> list[Value]:
+def _along(value: Value | None, dim: int, ndim: int) -> list[Value]:
     """A vector laid along dimension `dim` of a value with `ndim` dimensions; nothing where it is absent."""
     if value is None:
         return []
@@ -23,7 +23,7 @@ def along(value: Value | None, dim: int, ndim: int) -> list[Value]:
     return [reshape(value, shape)]
 
 
-def batch_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _batch_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Normalisation by a channel's statistics, stored or of the batch: elementwise along the channel axis."""
     x: Value = a.input
     tensors = [a.weight, a.bias, a.running_mean, a.running_var]
@@ -31,7 +31,7 @@ def batch_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     source = node.args[0]
     if isinstance(source, fx.Node):
         tracing.batch_norms.append(BatchNorm(node.name, source.name, weight, bias, mean, variance, a.eps))
-    parts = [part for tensor in tensors for part in along(tensor, 1, len(x.shape))]
+    parts = [part for tensor in tensors for part in _along(tensor, 1, len(x.shape))]
     use_batch = a.training if hasattr(a, "training") else getattr(a, "use_input_stats", False)
     if use_batch or a.running_mean is None:
         spatial = [d for d in range(len(x.shape)) if d != 1]
@@ -46,7 +46,7 @@ def normalised(units: Units, x: Value, parts: list[Value]) -> Value:
     return out
 
 
-def layer_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _layer_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Normalisation over the last dimensions of each sample: by a norm (`rms_norm`), or by that of centred values.
 
     A norm is kept by rotations, that of centred values by those that keep the ones vector. The gains are not, but what
@@ -67,8 +67,8 @@ def layer_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
             tracing.units.limit(layer.ravel(), level if support(layer) == (axis,) else PERMUTATION_LEVEL)
     if a.weight is None:
         return out
-    weight = tracing.source_of(named_argument(node, 2, "weight"))
-    bias = tracing.source_of(named_argument(node, 3, "bias")) if getattr(a, "bias", None) is not None else None
+    weight = tracing.source_of(_named_argument(node, 2, "weight"))
+    bias = tracing.source_of(_named_argument(node, 3, "bias")) if getattr(a, "bias", None) is not None else None
     if weight is None or (bias is None and getattr(a, "bias", None) is not None):
         limit_value(tracing.units, out, PERMUTATION_LEVEL)
     else:
@@ -76,38 +76,38 @@ def layer_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return out
 
 
-def named_argument(node: fx.Node, index: int, name: str) -> object:
+def _named_argument(node: fx.Node, index: int, name: str) -> object:
     """A graph argument that is given by place or by name; None where it was left out."""
     return node.kwargs.get(name, argument(node, index))
 
 
-def group_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _group_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Normalisation over each block of channels."""
     x: Value = a.input
     batch, channels, *spatial = x.shape
     blocks = reshape(x, (batch, a.num_groups, channels // a.num_groups, *spatial))
     statistics = reduce(tracing.units, blocks, range(2, len(blocks.shape)), keepdim=True)
     out = reshape(merge(tracing.units, [blocks, statistics]), x.shape)
-    gains = along(a.weight, 1, len(x.shape)) + along(a.bias, 1, len(x.shape))
+    gains = _along(a.weight, 1, len(x.shape)) + _along(a.bias, 1, len(x.shape))
     return normalised(tracing.units, out, gains)
 
 
-def softmax(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _softmax(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Normalised exponentials along one dimension."""
     x: Value = vars(a)["self"]
     return normalised(tracing.units, x, [reduce(tracing.units, x, [a.dim], keepdim=True)])
 
 
-def instance_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _instance_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Normalisation over the spatial positions of each sample and channel."""
     x: Value = a.input
     statistics = reduce(tracing.units, x, range(2, len(x.shape)), keepdim=True)
     tensors = [a.weight, a.bias] + ([] if a.use_input_stats else [a.running_mean, a.running_var])
-    parts = [part for tensor in tensors for part in along(tensor, 1, len(x.shape))]
+    parts = [part for tensor in tensors for part in _along(tensor, 1, len(x.shape))]
     return normalised(tracing.units, x, [statistics, *parts])
 
 
-def weight_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _weight_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """A weight's direction `v / ‖v‖` times its size `g`, the norm being taken over all dimensions but `dim`."""
     v: Value = a.v
     dims = [d for d in range(len(v.shape)) if d != a.dim]
@@ -116,14 +116,14 @@ def weight_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
 
 
 NORMALISATIONS: dict[str, Rule] = {
-    "aten.batch_norm": batch_norm,
-    "aten.layer_norm": layer_norm,
-    "aten.rms_norm": layer_norm,
-    "aten.group_norm": group_norm,
-    "aten.instance_norm": instance_norm,
-    "aten._weight_norm": weight_norm,
-    "aten.softmax": softmax,
-    "aten._softmax": softmax,
-    "aten.log_softmax": softmax,
-    "aten._log_softmax": softmax,
+    "aten.batch_norm": _batch_norm,
+    "aten.layer_norm": _layer_norm,
+    "aten.rms_norm": _layer_norm,
+    "aten.group_norm": _group_norm,
+    "aten.instance_norm": _instance_norm,
+    "aten._weight_norm": _weight_norm,
+    "aten.softmax": _softmax,
+    "aten._softmax": _softmax,
+    "aten.log_softmax": _softmax,
+    "aten._log_softmax": _softmax,
 }

@@ -39,7 +39,7 @@ def pointwise(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     operands = values_in(vars(a))
     out = merge(tracing.units, operands)
     name = str(getattr(node.target, "overloadpacket", node.target))
-    if is_square(node, name):
+    if _is_square(node, name):
         tracing.squares[node.name] = out
     elif name in SUMS:
         plain = [x for x in vars(a).values() if isinstance(x, int | float) and not isinstance(x, bool)]
@@ -50,12 +50,12 @@ def pointwise(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
             limit_value(tracing.units, out, FIXING_ONES_LEVEL)
         limit_sum(tracing.units, out, operands)
     elif name in PRODUCTS:
-        use = gain_use(tracing, node, operands, out) if name in MULTIPLICATIONS and len(operands) == 2 else None
+        use = _gain_use(tracing, node, operands, out) if name in MULTIPLICATIONS and len(operands) == 2 else None
         if use is not None:
             tracing.gain_uses.append(use)
             limit_value(tracing.units, out, 0)  # what holds the factors is no vector
         else:
-            limit_product(tracing.units, operands, len(out.shape))
+            _limit_product(tracing.units, operands, len(out.shape))
         if name.startswith("aten.div") and len(operands) > 1:
             limit_value(tracing.units, operands[1], PERMUTATION_LEVEL)
     elif name not in LINEAR:
@@ -64,14 +64,14 @@ def pointwise(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return out
 
 
-def is_square(node: fx.Node, name: str) -> bool:
+def _is_square(node: fx.Node, name: str) -> bool:
     """Whether a pointwise operation squares."""
     if name == "aten.mul":
         return len(node.args) == 2 and node.args[0] is node.args[1]
     return name == "aten.square" or (name == "aten.pow" and len(node.args) == 2 and node.args[1] in (2, 2.0))
 
 
-def gain_use(tracing: Tracing, node: fx.Node, operands: Sequence[Value], out: Value) -> GainUse | None:
+def _gain_use(tracing: Tracing, node: fx.Node, operands: Sequence[Value], out: Value) -> GainUse | None:
     """The product as one of an activation with a parameter that holds one factor a unit; None where it is none."""
     for index in (1, 0):
         factor, other = operands[index], operands[1 - index]
@@ -91,7 +91,7 @@ def gain_use(tracing: Tracing, node: fx.Node, operands: Sequence[Value], out: Va
     return None
 
 
-def limit_product(units: Units, operands: Sequence[Value], ndim: int) -> None:
+def _limit_product(units: Units, operands: Sequence[Value], ndim: int) -> None:
     """Records that units are used one by one where both factors vary along their axis."""
     for index, value in enumerate(operands):
         others = {d for other in (*operands[:index], *operands[index + 1 :]) for d in varying(other, ndim)}
@@ -125,14 +125,14 @@ def unchanged(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     return next(iter(vars(a).values()))
 
 
-def copied(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _copied(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """`copy`, `fill` and `zero`: the second operand in the shape of the first, of which nothing else remains."""
     shape = vars(a)["self"].shape
     sources = values_in([getattr(a, "src", None), getattr(a, "value", None)])
     return Value(tuple(shape), tuple(lift(layer, len(shape)) for x in sources for layer in x.layers))
 
 
-def prelu(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _prelu(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Leaky ReLU with a learned slope, one for all channels or one a channel."""
     x: Value = vars(a)["self"]
     shape = [1] * len(x.shape)
@@ -146,7 +146,7 @@ def prelu(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return out
 
 
-def gated(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _gated(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """`glu`: the first half along a dimension, times the sigmoid of the second."""
     x: Value = vars(a)["self"]
     dim = a.dim % len(x.shape)
@@ -163,10 +163,10 @@ UNDECLARED = ("hardswish", "log_sigmoid", "masked_fill", "float_power", "softplu
 POINTWISE: dict[str, Rule] = {
     "pointwise": pointwise,
     **{f"aten.{name}": pointwise for name in UNDECLARED},
-    "aten.copy": copied,
-    "aten.fill": copied,
-    "aten.zero": copied,
-    "aten.glu": gated,
+    "aten.copy": _copied,
+    "aten.fill": _copied,
+    "aten.zero": _copied,
+    "aten.glu": _gated,
     "aten.clone": unchanged,
     "aten.alias": unchanged,
     "aten.contiguous": unchanged,
@@ -179,6 +179,6 @@ POINTWISE: dict[str, Rule] = {
     "aten.dropout": unchanged,
     "aten.feature_dropout": unchanged,
     "aten.alpha_dropout": unchanged,
-    "aten.prelu": prelu,
-    "aten._prelu_kernel": prelu,
+    "aten.prelu": _prelu,
+    "aten._prelu_kernel": _prelu,
 }

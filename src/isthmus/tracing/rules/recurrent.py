@@ -14,7 +14,7 @@ from isthmus.tracing.rules.pointwise import PERMUTATION_LEVEL, limit_value
 from isthmus.tracing.units import Units
 
 
-def recurrent(gates: int, states: int) -> Callable[[Tracing, fx.Node, SimpleNamespace], Any]:
+def _recurrent(gates: int, states: int) -> Callable[[Tracing, fx.Node, SimpleNamespace], Any]:
     """The rule of layers with so many gates (rows of a weight, one block a gate) and so many states.
 
     Labels do not change from step to step, so one step says all that the others would say again.
@@ -43,11 +43,11 @@ def recurrent(gates: int, states: int) -> Callable[[Tracing, fx.Node, SimpleName
                 start = [Value(value.shape[1:], tuple(x[0] for x in value.layers)) for value in start]
                 start = [unsqueeze(value, time) for value in start]
                 weights = a.params[place * each : (place + 1) * each]
-                found.append(step(units, x, start, weights, gates))
+                found.append(_step(units, x, start, weights, gates))
             finals += found
             x = concatenate(units, found, -1) if directions > 1 else found[0]
         out = with_rigid(units, x, shapes[0], [time])
-        last = [Value((*value.shape[:time], *value.shape[time + 1 :]), drop(value, time)) for value in finals]
+        last = [Value((*value.shape[:time], *value.shape[time + 1 :]), _drop(value, time)) for value in finals]
         last = [unsqueeze(value, 0) for value in last]
         final = concatenate(units, last, 0) if len(last) > 1 else last[0]
         return [out, *[final] * states]
@@ -55,32 +55,32 @@ def recurrent(gates: int, states: int) -> Callable[[Tracing, fx.Node, SimpleName
     return rule
 
 
-def step(units: Units, x: Value, start: list[Value], weights: list[Value], gates: int) -> Value:
+def _step(units: Units, x: Value, start: list[Value], weights: list[Value], gates: int) -> Value:
     """The hidden state after a step, whose time axis has size 1."""
     bias = [*weights[2:], None, None][:2]
     size = weights[1].shape[1]
     arriving = with_bias(units, contract(units, unsqueeze(x, -2), weights[0], [-1]), bias[0])
-    hidden = merge(units, [*parts(units, arriving, gates, size), *start])
+    hidden = merge(units, [*_parts(units, arriving, gates, size), *start])
     limit_value(units, hidden, PERMUTATION_LEVEL)
     returning = with_bias(units, contract(units, unsqueeze(hidden, -2), weights[1], [-1]), bias[1])
-    hidden = merge(units, [hidden, *parts(units, merge(units, [arriving, returning]), gates, size)])
+    hidden = merge(units, [hidden, *_parts(units, merge(units, [arriving, returning]), gates, size)])
     limit_value(units, hidden, PERMUTATION_LEVEL)
     return hidden
 
 
-def parts(units: Units, value: Value, gates: int, size: int) -> list[Value]:
+def _parts(units: Units, value: Value, gates: int, size: int) -> list[Value]:
     """A value cut into its gates."""
     return [narrow(units, value, len(value.shape) - 1, gate * size, size) for gate in range(gates)]
 
 
-def drop(value: Value, dim: int) -> tuple[Any, ...]:
+def _drop(value: Value, dim: int) -> tuple[Any, ...]:
     """A value's label arrays without a dimension of size 1."""
     return tuple(layer.take(0, axis=dim) for layer in value.layers)
 
 
 RECURRENT: dict[str, Rule] = {
-    "aten.lstm": recurrent(gates=4, states=2),
-    "aten.gru": recurrent(gates=3, states=1),
-    "aten.rnn_tanh": recurrent(gates=1, states=1),
-    "aten.rnn_relu": recurrent(gates=1, states=1),
+    "aten.lstm": _recurrent(gates=4, states=2),
+    "aten.gru": _recurrent(gates=3, states=1),
+    "aten.rnn_tanh": _recurrent(gates=1, states=1),
+    "aten.rnn_relu": _recurrent(gates=1, states=1),
 }

@@ -15,13 +15,13 @@ from isthmus.tracing.units import FIXING_ONES_LEVEL, ORTHOGONAL_LEVEL
 LINEAR = {"aten.mean", "aten.sum"}
 
 
-def reduction(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _reduction(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Reductions in which the order of elements does not matter."""
     x: Value = vars(a)["self"]
-    dims = dimensions(a, len(x.shape))
+    dims = _dimensions(a, len(x.shape))
     name = str(getattr(node.target, "overloadpacket", node.target))
     reduced = {d % len(x.shape) for d in dims} if x.shape else set()
-    level = whole_axis_level(name, a)
+    level = _whole_axis_level(name, a)
     is_square = name in LINEAR and any(x is square for square in tracing.squares.values())
     for layer in x.layers:
         along = set(support(layer))
@@ -33,7 +33,7 @@ def reduction(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return reduce(tracing.units, x, dims, keepdim=bool(getattr(a, "keepdim", False)))
 
 
-def whole_axis_level(name: str, a: SimpleNamespace) -> int:
+def _whole_axis_level(name: str, a: SimpleNamespace) -> int:
     """Evidence level of units that are reduced all together: what the result says of a vector of units.
 
     A sum is kept by maps that keep the ones vector, a Euclidean norm by rotations, a variance by maps that do both.
@@ -46,7 +46,7 @@ def whole_axis_level(name: str, a: SimpleNamespace) -> int:
     return PERMUTATION_LEVEL
 
 
-def dimensions(a: SimpleNamespace, ndim: int) -> Sequence[int]:
+def _dimensions(a: SimpleNamespace, ndim: int) -> Sequence[int]:
     """The dimensions that a reduction names; all where it names none."""
     return dimensions_of(getattr(a, "dim", None), ndim)
 
@@ -58,12 +58,12 @@ def dimensions_of(dim: Any, ndim: int) -> Sequence[int]:
     return [dim] if isinstance(dim, int) else list(dim)
 
 
-def extreme_with_index(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+def _extreme_with_index(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """`max(dim)` and the like: the values are a reduction; the indices name positions, which fixes the axis."""
     if getattr(a, "other", None) is not None:
         return pointwise(tracing, node, a)  # the larger of two tensors, element by element
     if getattr(a, "dim", None) is None:
-        return reduction(tracing, node, a)
+        return _reduction(tracing, node, a)
     x: Value = vars(a)["self"]
     if any(user.args[1] != 0 and user.users for user in node.users):
         freeze_value(tracing.units, x, "its index is taken by an extreme")
@@ -72,7 +72,7 @@ def extreme_with_index(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> A
     return [values, rigid_value(tracing.units, values.shape)]
 
 
-def index_of_extreme(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+def _index_of_extreme(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """`argmax` and `argmin`: an index names a position, which fixes the axis."""
     freeze_value(tracing.units, vars(a)["self"], "its index is taken by an extreme")
     shape = output_shapes(node)
@@ -81,20 +81,20 @@ def index_of_extreme(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any
 
 
 REDUCTIONS: dict[str, Rule] = {
-    "aten.mean": reduction,
-    "aten.sum": reduction,
-    "aten.amax": reduction,
-    "aten.amin": reduction,
-    "aten.prod": reduction,
-    "aten.var": reduction,
-    "aten.std": reduction,
-    "aten.logsumexp": reduction,
-    "aten.norm": reduction,
-    "aten.linalg_vector_norm": reduction,
-    "aten.any": reduction,
-    "aten.all": reduction,
-    "aten.max": extreme_with_index,
-    "aten.min": extreme_with_index,
-    "aten.argmax": index_of_extreme,
-    "aten.argmin": index_of_extreme,
+    "aten.mean": _reduction,
+    "aten.sum": _reduction,
+    "aten.amax": _reduction,
+    "aten.amin": _reduction,
+    "aten.prod": _reduction,
+    "aten.var": _reduction,
+    "aten.std": _reduction,
+    "aten.logsumexp": _reduction,
+    "aten.norm": _reduction,
+    "aten.linalg_vector_norm": _reduction,
+    "aten.any": _reduction,
+    "aten.all": _reduction,
+    "aten.max": _extreme_with_index,
+    "aten.min": _extreme_with_index,
+    "aten.argmax": _index_of_extreme,
+    "aten.argmin": _index_of_extreme,
 }

@@ -16,12 +16,12 @@ from isthmus.tracing.units import SCALE, WILDCARD
 LINEAR = ("avg_pool", "upsample")
 
 
-def along_positions(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+def _along_positions(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """Pooling and resizing: each output position is made from input positions of its own channel."""
     units = tracing.units
     name = str(getattr(node.target, "overloadpacket", node.target))
     x: Value = next(value for value in vars(a).values() if isinstance(value, Value))
-    dims = range(-dimensionality(name), 0)
+    dims = range(-_dimensionality(name), 0)
     shapes = output_shapes(node)
     pinned = pin(units, x, dims, "lies along positions that are pooled or resized")
     if not any(word in name for word in LINEAR):
@@ -33,12 +33,12 @@ def along_positions(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     return with_rigid(units, pinned, shapes, [d % len(x.shape) for d in dims])
 
 
-def dimensionality(name: str) -> int:
+def _dimensionality(name: str) -> int:
     """The number of position dimensions that an operation's name states (`max_pool2d` has two)."""
     return int(next(letter for letter, after in pairwise(name) if letter.isdigit() and after == "d"))
 
 
-def pad(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+def _pad(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """Padding: fixed positions are counted anew, movable units keep their labels and the border carries none."""
     x: Value = vars(a)["self"]
     mode = getattr(a, "mode", "constant")
@@ -84,14 +84,14 @@ def pad(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
 
 SPATIAL: dict[str, Rule] = {
     **{
-        f"aten.{kind}_pool{n}d": along_positions
+        f"aten.{kind}_pool{n}d": _along_positions
         for kind in ("max", "avg", "adaptive_avg", "adaptive_max")
         for n in (1, 2, 3)
     },
-    **{f"aten.max_pool{n}d_with_indices": along_positions for n in (1, 2, 3)},
-    **{f"aten.upsample_nearest{n}d": along_positions for n in (1, 2, 3)},
-    "aten.upsample_bilinear2d": along_positions,
-    "aten.upsample_bicubic2d": along_positions,
-    "aten.pad": pad,
-    "aten.constant_pad_nd": pad,
+    **{f"aten.max_pool{n}d_with_indices": _along_positions for n in (1, 2, 3)},
+    **{f"aten.upsample_nearest{n}d": _along_positions for n in (1, 2, 3)},
+    "aten.upsample_bilinear2d": _along_positions,
+    "aten.upsample_bicubic2d": _along_positions,
+    "aten.pad": _pad,
+    "aten.constant_pad_nd": _pad,
 }

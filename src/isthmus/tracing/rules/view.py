@@ -56,7 +56,7 @@ def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
             lost = np.setdiff1d(layer, compress(result.numpy()))
             if len(lost):
                 tracing.cut.setdefault(node.name, []).append(lost)
-        moved = relabelled(tracing, x, shape_only, results)
+        moved = _relabelled(tracing, x, shape_only, results)
         if x.names is None:
             return moved
         told = map_aggregate(rest, lambda item: (*item.shape, item.tolist()) if isinstance(item, Tensor) else item)
@@ -64,7 +64,7 @@ def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
         return replace(moved, names=Names(x.names.ids, (*x.names.history, step)))
     if x.names is not None:
         freeze_names(tracing.units, x)
-    return [relabelled(tracing, x, piece, [r[i] for r in results]) for i, piece in enumerate(shape_only)]
+    return [_relabelled(tracing, x, piece, [r[i] for r in results]) for i, piece in enumerate(shape_only)]
 
 
 def mover(op: Any, arguments: Mapping[str, Any]) -> Callable[[Tensor], Any]:
@@ -82,7 +82,7 @@ def mover(op: Any, arguments: Mapping[str, Any]) -> Callable[[Tensor], Any]:
     return act
 
 
-def relabelled(tracing: Tracing, x: Value, shape_only: Tensor, arrays: list[Tensor]) -> Value:
+def _relabelled(tracing: Tracing, x: Value, shape_only: Tensor, arrays: list[Tensor]) -> Value:
     """The value that a view left: its arrays compressed, and units that it singled out noted."""
     layers: list[Labels] = []
     for array in arrays:
@@ -94,32 +94,32 @@ def relabelled(tracing: Tracing, x: Value, shape_only: Tensor, arrays: list[Tens
     return Value(tuple(shape_only.shape), simplify(tracing.units, layers), source=x.source)
 
 
-def expand_as(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _expand_as(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """A value repeated along dimensions of size 1 to the shape of another, of which nothing else matters."""
     x: Value = vars(a)["self"]
     return Value(tuple(a.other.shape), tuple(lift(layer, len(a.other.shape)) for layer in x.layers), source=x.source)
 
 
-def as_complex(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _as_complex(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Pairs of numbers along the last dimension, each read as one complex number: its two parts keep their places."""
     x: Value = vars(a)["self"]
     limit_value(tracing.units, x, PERMUTATION_LEVEL)
     return reshape(pin(tracing.units, x, [-1], "real and imaginary parts"), x.shape[:-1])
 
 
-def as_real(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _as_real(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Complex numbers as pairs along a new last dimension."""
     x: Value = vars(a)["self"]
     return with_rigid(tracing.units, unsqueeze(x, -1), (*x.shape, 2), [len(x.shape)])
 
 
-def cat(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _cat(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Values one after another along a dimension."""
     values = [value for value in a.tensors if value.shape != (0,)]
     return concatenate(tracing.units, values, a.dim)
 
 
-def stack(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
+def _stack(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Values side by side along a new dimension."""
     return concatenate(tracing.units, [unsqueeze(value, a.dim) for value in a.tensors], a.dim)
 
@@ -135,9 +135,9 @@ RUNNABLE = (  # noqa: SIM905 - a list literal would take a line for each name
 ).split()
 
 VIEWS: dict[str, Rule] = {f"aten.{name}": run for name in RUNNABLE} | {
-    "aten.cat": cat,
-    "aten.stack": stack,
-    "aten.expand_as": expand_as,
-    "aten.view_as_complex": as_complex,
-    "aten.view_as_real": as_real,
+    "aten.cat": _cat,
+    "aten.stack": _stack,
+    "aten.expand_as": _expand_as,
+    "aten.view_as_complex": _as_complex,
+    "aten.view_as_real": _as_real,
 }
