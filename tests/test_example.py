@@ -8,7 +8,7 @@ from isthmus.cli.arguments import parse_shape
 from isthmus.cli.commands import main
 from isthmus.errors import InputError
 from isthmus.runs.example import InputShape, example_input, parse_input, sample_shapes
-from isthmus.runs.recipe import Member, Recipe
+from isthmus.runs.recipe import ParentOptions, Recipe
 from refusals import refuses
 
 
@@ -82,7 +82,7 @@ def test_a_wrong_text_gets_one_line(text, says):
     with refuses(InputError, f"--input .*{says}"):
         parse_input(text)
     with refuses(InputError, says):
-        Recipe(models=[Member(model="a"), Member(model="b")], architecture="mlp", input=text).check()
+        Recipe(models=[ParentOptions(model="a"), ParentOptions(model="b")], architecture="mlp", input=text).check()
 
 
 def test_a_plain_shape_stays_a_list_in_recipes():

@@ -18,8 +18,8 @@ from isthmus.data import load_data
 from isthmus.errors import CheckpointError, DataError, InputError, IsthmusError
 from isthmus.models import load_model
 from isthmus.runs.load_run import _with_biases
-from isthmus.runs.recipe import Alignment, Data, Member, Recipe
-from isthmus.runs.run_explain import Wishes, explain_run
+from isthmus.runs.recipe import AlignOptions, DataOptions, ParentOptions, Recipe
+from isthmus.runs.run_explain import ExplainOptions, explain_run
 from isthmus.runs.run_merge import run_merge
 from pairs import stir
 from refusals import refuses
@@ -77,10 +77,10 @@ def bench(tmp_path_factory):
             if key not in made:
                 data = {"name": "digits", "samples": 200, "batch_size": 100} | options.pop("data", {})
                 recipe = Recipe(
-                    models=[Member(model=self.checkpoint(spec, seed)) for seed in seeds],
+                    models=[ParentOptions(model=self.checkpoint(spec, seed)) for seed in seeds],
                     architecture=spec,
-                    align=Alignment(method=options.pop("method", "weight_matching")),
-                    data=Data(**data),
+                    align=AlignOptions(method=options.pop("method", "weight_matching")),
+                    data=DataOptions(**data),
                     **options,
                 )
                 made[key] = folder / f"run{len(made)}"
@@ -98,7 +98,7 @@ def bench(tmp_path_factory):
                 shutil.rmtree(source, ignore_errors=True)
                 shutil.copytree(kept, source)
                 try:
-                    explain_run(source, Wishes(**QUICK, claims=claims))
+                    explain_run(source, ExplainOptions(**QUICK, claims=claims))
                 except IsthmusError:
                     shutil.rmtree(source)
                     raise
@@ -328,13 +328,13 @@ def test_the_same_run_gives_the_same_bytes_and_only_three_files_change(bench, tm
         assert kept == json.loads(before["report.json"])
     assert found[0] == found[1]
     assert torch.equal(torch.random.get_rng_state(), state)
-    explain_run(run, Wishes(**QUICK, claims=False))  # an explained run can be explained again
+    explain_run(run, ExplainOptions(**QUICK, claims=False))  # an explained run can be explained again
     assert contents(run).keys() == after.keys()
 
 
 def test_no_units_draws_none(bench, tmp_path):
     run = bench.copied(tmp_path)
-    told = explain_run(run, Wishes(**QUICK | {"units": 0}, claims=False))["explain"]
+    told = explain_run(run, ExplainOptions(**QUICK | {"units": 0}, claims=False))["explain"]
     assert all(space["gallery"] == [] for space in told["spaces"])
 
 
@@ -405,14 +405,14 @@ def test_a_damaged_folder_is_refused_and_stays_as_it_is(name, bench, tmp_path):
     change(run)
     before = contents(run)
     with pytest.raises(IsthmusError if kind is Exception else kind, match=told) as caught:
-        explain_run(run, Wishes(**QUICK, claims=False))
+        explain_run(run, ExplainOptions(**QUICK, claims=False))
     assert len(str(caught.value).splitlines()) == 1
     assert contents(run) == before
 
 
 def test_a_run_without_data_is_refused(bench, tmp_path):
     recipe = Recipe(
-        models=[Member(model=bench.checkpoint(MLP, seed)) for seed in (0, 1)], architecture=MLP, repair=None
+        models=[ParentOptions(model=bench.checkpoint(MLP, seed)) for seed in (0, 1)], architecture=MLP, repair=None
     )
     run_merge(recipe, tmp_path / "run")
     before = contents(tmp_path / "run")
@@ -429,7 +429,7 @@ def test_pictures_that_are_gone_leave_the_page(bench, tmp_path):
     (run / "features.json").write_text("{")
     with refuses(CheckpointError, "features.json"):
         isthmus.report.write_report(run)
-    explain_run(run, Wishes(**QUICK, claims=False))  # and explaining it again mends it
+    explain_run(run, ExplainOptions(**QUICK, claims=False))  # and explaining it again mends it
     assert "<img" in (run / "report.html").read_text()
 
 
@@ -445,4 +445,4 @@ def test_pictures_that_are_gone_leave_the_page(bench, tmp_path):
 )
 def test_wishes_that_cannot_be_met(wishes, told, tmp_path):
     with refuses(InputError, told):
-        explain_run(tmp_path, Wishes(**wishes))
+        explain_run(tmp_path, ExplainOptions(**wishes))

@@ -15,14 +15,16 @@ from isthmus.models import load_model
 from isthmus.runs.example import example_input
 from isthmus.runs.folder import save_hugging_face
 from isthmus.runs.inputs import load_inputs
-from isthmus.runs.recipe import Member, Recipe
+from isthmus.runs.recipe import ParentOptions, Recipe
 from refusals import refuses
 
 pytest.importorskip("transformers", reason=REASON)
 
 
 def recipe_of(*folders, **options):
-    return Recipe(models=[Member(model=str(folder)) for folder in folders], architecture=f"hf:{folders[0]}", **options)
+    return Recipe(
+        models=[ParentOptions(model=str(folder)) for folder in folders], architecture=f"hf:{folders[0]}", **options
+    )
 
 
 @pytest.fixture

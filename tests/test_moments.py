@@ -153,7 +153,7 @@ def test_the_graph_gives_the_models_outputs(name):
     model, sym = lively(name, 0), symmetry(name)
     x = inputs_of(model, 3)
     batch = as_batch(x)
-    program = sym.program.program.for_inputs(batch.args, batch.kwargs)
+    program = sym.traced.program.for_inputs(batch.args, batch.kwargs)
     (found,) = Reader(program, {}, until=False).read(model.state_dict(), batch)
     with torch.no_grad():
         torch.testing.assert_close(found, model(x), rtol=1e-6, atol=1e-6)
@@ -266,7 +266,7 @@ def test_positions_that_other_spaces_move_are_averaged():
 
 def test_a_symmetry_from_json_gets_its_graph_back():
     stored = isthmus.Symmetry.from_json(symmetry(MLP).to_json())
-    assert stored.program is None
+    assert stored.graph is None
     for given in ({"data": data_of(MLP)}, {"data": data_of(MLP), "inputs": (data_of(MLP)[0][0][:2],)}):
         read = isthmus.collect([trained(MLP, 0)], stored, **given)
         assert torch.equal(
@@ -344,10 +344,10 @@ def test_models_of_several_widths_are_read_together():
 
 def test_networks_that_are_read_at_other_places_are_refused():
     sym = symmetry(MLP)
-    twice = replace(sym.program, post={name: nodes * 2 for name, nodes in sym.program.post.items()})
+    twice = replace(sym.graph, post={name: nodes * 2 for name, nodes in sym.traced.post.items()})
     models = [lively(MLP, seed) for seed in range(2)]
     with refuses(SymmetryError, "read at other places"):
-        collect_joint(models, [sym, replace(sym, program=twice)], data_of(MLP))
+        collect_joint(models, [sym, replace(sym, graph=twice)], data_of(MLP))
 
 
 def test_two_halves_joined_are_the_whole():

@@ -11,7 +11,7 @@ from isthmus.data import load_data
 from isthmus.errors import CheckpointError, DataError, InputError
 from isthmus.models import load_model
 from isthmus.runs.example import example_input
-from isthmus.runs.recipe import Alignment, Data, Member, Recipe, read_recipe
+from isthmus.runs.recipe import AlignOptions, DataOptions, ParentOptions, Recipe, read_recipe
 from isthmus.runs.run_align import run_align
 from isthmus.runs.run_connect import run_connect
 from isthmus.runs.run_merge import run_merge
@@ -29,12 +29,14 @@ def parents(folder, count=2, dtype=torch.float32):
             {k: v.to(dtype) if v.is_floating_point() else v for k, v in load_model(ARCHITECTURE).state_dict().items()},
             path,
         )
-        members.append(Member(model=str(path)))
+        members.append(ParentOptions(model=str(path)))
     return members
 
 
 def test_three_models_become_one(tmp_path):
-    recipe = Recipe(models=parents(tmp_path, 3), architecture=ARCHITECTURE, data=Data(name="digits", samples=200))
+    recipe = Recipe(
+        models=parents(tmp_path, 3), architecture=ARCHITECTURE, data=DataOptions(name="digits", samples=200)
+    )
     report = run_merge(recipe, tmp_path / "run")
     assert len(report["scores"]["parents"]) == 3
     assert [pair["models"] for pair in report["curves"]] == [[0, 1], [0, 2], [1, 2]]
@@ -53,7 +55,7 @@ def test_files_of_one_name_are_numbered(tmp_path):
 def test_a_folder_is_a_checkpoint_and_its_config_is_kept(tmp_path):
     members = parents(tmp_path)
     (tmp_path / "0" / "config.json").write_text('{"a": 1}')
-    folders = [Member(model=str(tmp_path / str(index))) for index in range(2)]
+    folders = [ParentOptions(model=str(tmp_path / str(index))) for index in range(2)]
     run_merge(Recipe(models=folders, architecture=ARCHITECTURE), tmp_path / "run")
     run_merge(Recipe(models=members, architecture=ARCHITECTURE), tmp_path / "again")
     assert (tmp_path / "run" / "config.json").read_text() == '{"a": 1}'
@@ -71,7 +73,7 @@ def test_out_dtype_is_written(tmp_path, dtype):
 
 
 def test_the_report_is_plain_json(tmp_path):
-    recipe = Recipe(models=parents(tmp_path), architecture=ARCHITECTURE, data=Data(name="digits", samples=200))
+    recipe = Recipe(models=parents(tmp_path), architecture=ARCHITECTURE, data=DataOptions(name="digits", samples=200))
     report = run_merge(recipe, tmp_path / "run")
     text = (tmp_path / "run" / "report.json").read_text()
     assert "NaN" not in text
@@ -100,7 +102,7 @@ def test_nothing_is_written_when_the_last_step_fails(tmp_path, monkeypatch):
 def test_connect_needs_two_models_and_data(tmp_path):
     members = parents(tmp_path, 3)
     with pytest.raises(InputError, match="a line connects two"):
-        run_connect(Recipe(models=members, architecture=ARCHITECTURE, data=Data(name="digits")))
+        run_connect(Recipe(models=members, architecture=ARCHITECTURE, data=DataOptions(name="digits")))
     with pytest.raises(DataError, match="--data"):
         run_connect(Recipe(models=members[:2], architecture=ARCHITECTURE))
 
@@ -133,14 +135,17 @@ def test_data_that_does_not_fit_the_model_is_named():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"align": Alignment(method="weight_matchin")}, "did you mean 'weight_matching'"),
-        ({"align": Alignment(options={"restart": 2})}, "did you mean 'restarts'"),
+        ({"align": AlignOptions(method="weight_matchin")}, "did you mean 'weight_matching'"),
+        ({"align": AlignOptions(options={"restart": 2})}, "did you mean 'restarts'"),
         ({"out_dtype": "bfloat"}, "did you mean 'bfloat16'"),
-        ({"models": [Member(model="a", parameters={"wieght": 1.0}), Member(model="b")]}, "did you mean 'weight'"),
+        (
+            {"models": [ParentOptions(model="a", parameters={"wieght": 1.0}), ParentOptions(model="b")]},
+            "did you mean 'weight'",
+        ),
     ],
 )
 def test_a_recipe_is_checked_before_anything_is_read(changes, told):
-    recipe = Recipe(models=[Member(model="a"), Member(model="b")], architecture=ARCHITECTURE)
+    recipe = Recipe(models=[ParentOptions(model="a"), ParentOptions(model="b")], architecture=ARCHITECTURE)
     with pytest.raises(InputError, match=told):
         recipe.model_copy(update=changes).check()
 

@@ -89,7 +89,7 @@ def test_sites_come_by_tensor_and_parents_first(name):
 def test_the_hash_depends_on_spaces_and_sites_only():
     symmetry = traced("PlainMLP")
     frozen = Frozen("layers.0.weight", "1", 3, "", "", "another reason")
-    assert replace(symmetry, frozen=(frozen,), untouched=("x",), program=None).hash == symmetry.hash
+    assert replace(symmetry, frozen=(frozen,), untouched=("x",), graph=None).hash == symmetry.hash
     first = symmetry.spaces[0]
     others = [
         with_space(symmetry, name="another"),

@@ -30,7 +30,7 @@ def test_fisher_is_the_expected_squared_gradient():
     draws = 400
     data = [(x.repeat(draws // 2, *[1] * (x.ndim - 1)), torch.zeros(draws).long())]
     states = [model.state_dict()]
-    aligned = isthmus.average.Aligned(states, Coefficients((1.0,)), model, data, None, 0, [model])
+    aligned = isthmus.average.AveragingProblem(states, Coefficients((1.0,)), model, data, None, 0, [model])
     found = Fisher(samples=draws, floor=1e-12)._information(aligned, 0)
     for name, values in exact.items():
         # A Monte Carlo mean of 400 draws: the sums over a tensor are within some per cent of the expectation.

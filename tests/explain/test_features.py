@@ -196,12 +196,12 @@ def test_units_are_read_as_hooks_read_them_at_every_place():
         model(x)
     hook.remove()
     stem = sym.spaces[0].name
-    assert len(sym.program.post[stem]) > 1
+    assert len(sym.traced.post[stem]) > 1
     found = respond(model, sym, stem, [x[:4], x[4:]], at="post", place=0)
     torch.testing.assert_close(found, seen[0].mean(dim=(2, 3)), rtol=1e-4, atol=1e-5)  # float32, means of 256
     last = respond(model, sym, stem, [x], at="post")
     assert not torch.allclose(last, found)
-    places = len(sym.program.post[stem])
+    places = len(sym.traced.post[stem])
     assert torch.equal(respond(model, sym, stem, [x], at="post", place=places - 1), last)
     with refuses(InputError, f"is read at {places} nodes"):
         respond(model, sym, stem, [x], at="post", place=places)
@@ -252,7 +252,7 @@ def test_the_mean_answers_at_all_places_average_to_the_mean_that_collect_finds(n
     stir(model, 0)
     (x,), _ = model.inputs(samples=6)
     sym = isthmus.trace(model, x)
-    for at, nodes in (("pre", sym.program.pre), ("post", sym.program.post)):
+    for at, nodes in (("pre", sym.traced.pre), ("post", sym.traced.post)):
         moments = isthmus.collect([model], sym, [x], at=at)
         for space in sym:
             places = range(len(nodes[space.name]))

@@ -143,9 +143,9 @@ def test_what_takes_images():
         def forward(self, x):
             return self.head(self.table(x).relu())
 
-    assert takes_images(isthmus.trace(Eyes(0), batches()[0][0][:2]).program.program)
-    assert not takes_images(symmetry(MLP).program.program)  # vectors
-    assert not takes_images(isthmus.trace(Words(), torch.zeros(2, 5, dtype=torch.long)).program.program)
+    assert takes_images(isthmus.trace(Eyes(0), batches()[0][0][:2]).graph.program)
+    assert not takes_images(symmetry(MLP).graph.program)  # vectors
+    assert not takes_images(isthmus.trace(Words(), torch.zeros(2, 5, dtype=torch.long)).graph.program)
 
 
 # ---- what they show

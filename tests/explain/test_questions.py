@@ -9,8 +9,8 @@ from scipy.stats import spearmanr
 
 from isthmus.explain.claims import FAILS, HOLDS, PARTLY
 from isthmus.explain.questions import (
-    APART,
     COLLAPSED,
+    LEAST_DIFFERENCE,
     MENDED,
     SURVIVES,
     _by_depth,
@@ -20,12 +20,12 @@ from isthmus.explain.questions import (
     _whose_features,
     answer_questions,
 )
-from isthmus.explain.units import THRESHOLD, SpaceUnits
+from isthmus.explain.units import THRESHOLD, SpaceFates
 
 A_BIT = 1e-6  # to either side of a threshold: far above what float64 rounds off, far below every threshold
 
 
-def units(merged, *, matched=None, naive=None, overlap=None, naive_overlap=None, threshold=THRESHOLD) -> SpaceUnits:
+def units(merged, *, matched=None, naive=None, overlap=None, naive_overlap=None, threshold=THRESHOLD) -> SpaceFates:
     """A space with these correlations of merged units, one row a model."""
     merged = torch.tensor(merged, dtype=torch.float64)
     count = merged.shape[1]
@@ -34,7 +34,7 @@ def units(merged, *, matched=None, naive=None, overlap=None, naive_overlap=None,
     def rows(value):
         return None if value is None else torch.full_like(merged, value)
 
-    return SpaceUnits(
+    return SpaceFates(
         space="space",
         names=tuple("ABC"[: len(merged)]),
         threshold=threshold,
@@ -50,7 +50,7 @@ def units(merged, *, matched=None, naive=None, overlap=None, naive_overlap=None,
     )
 
 
-def labelled(shared: int, some: int, lost: int, level: float = THRESHOLD + A_BIT) -> SpaceUnits:
+def labelled(shared: int, some: int, lost: int, level: float = THRESHOLD + A_BIT) -> SpaceFates:
     """So many units of both models, of A alone, and of neither."""
     return units([[level] * (shared + some) + [0.0] * lost, [level] * shared + [0.0] * (some + lost)])
 
@@ -84,7 +84,7 @@ def test_the_average_without_matching_stands_beside():
 # ---- pairs
 
 
-def ladder(order, low: float, high: float) -> SpaceUnits:
+def ladder(order, low: float, high: float) -> SpaceFates:
     """Units whose matched correlation rises evenly and whose merged one follows `order` from low to high."""
     count = len(order)
     kept = [low + (high - low) * place / (count - 1) for place in order]
@@ -92,7 +92,7 @@ def ladder(order, low: float, high: float) -> SpaceUnits:
 
 
 # The quarters of eight units are the outer two each: their means are 6 of 7 steps apart.
-RISE = APART * 7 / 6
+RISE = LEAST_DIFFERENCE * 7 / 6
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,10 @@ def test_one_space_has_no_depth():
 @pytest.mark.parametrize(
     ("correlation", "overlap", "verdict"),
     [
-        (0.4 + APART + A_BIT, 0.2 + APART + A_BIT, HOLDS),
-        (0.4 + APART - A_BIT, 0.2 + APART + A_BIT, PARTLY),
-        (0.4 + APART + A_BIT, 0.2 + APART - A_BIT, PARTLY),
-        (0.4 + APART - A_BIT, 0.2 + APART - A_BIT, FAILS),
+        (0.4 + LEAST_DIFFERENCE + A_BIT, 0.2 + LEAST_DIFFERENCE + A_BIT, HOLDS),
+        (0.4 + LEAST_DIFFERENCE - A_BIT, 0.2 + LEAST_DIFFERENCE + A_BIT, PARTLY),
+        (0.4 + LEAST_DIFFERENCE + A_BIT, 0.2 + LEAST_DIFFERENCE - A_BIT, PARTLY),
+        (0.4 + LEAST_DIFFERENCE - A_BIT, 0.2 + LEAST_DIFFERENCE - A_BIT, FAILS),
     ],
 )
 def test_matching_keeps_the_features(correlation, overlap, verdict):
@@ -173,7 +173,9 @@ def test_matching_keeps_the_features(correlation, overlap, verdict):
     assert _by_matching([own]).verdict == verdict
 
 
-@pytest.mark.parametrize(("correlation", "verdict"), [(0.4 + APART + A_BIT, HOLDS), (0.4 + APART - A_BIT, FAILS)])
+@pytest.mark.parametrize(
+    ("correlation", "verdict"), [(0.4 + LEAST_DIFFERENCE + A_BIT, HOLDS), (0.4 + LEAST_DIFFERENCE - A_BIT, FAILS)]
+)
 def test_without_top_images_correlation_decides(correlation, verdict):
     assert _by_matching([units([[correlation] * 4] * 2, naive=0.4)]).verdict == verdict
     assert _by_matching([units([[correlation] * 4] * 2)]).verdict is None

@@ -10,7 +10,7 @@ from scipy.stats import pearsonr
 import isthmus
 from isthmus.errors import DataError, InputError
 from isthmus.explain.features import respond
-from isthmus.explain.moves import Move
+from isthmus.explain.moves import SlotMap
 from isthmus.explain.units import LOST, SHARED, _derangement, _label, _overlap, _respond_everywhere, measure_units
 from pairs import CNN, MLP, VGG_BN, data_of, inputs_of, lively, planted, symmetry, trained
 from refusals import refuses
@@ -144,7 +144,7 @@ def test_moves_undo():
     alignment, _, _ = scored(MLP, [trained(MLP, seed) for seed in range(2)], "procrustes")
     values = torch.randn(7, 24, dtype=torch.float64)
     for space in symmetry(MLP):
-        move = Move.of(alignment.transforms[1], symmetry(MLP), space)
+        move = SlotMap.of(alignment.transforms[1], symmetry(MLP), space)
         torch.testing.assert_close(move.undone(move.of_columns(values)), values)
 
 

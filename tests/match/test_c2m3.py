@@ -11,7 +11,7 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import InputError
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.c2m3 import C2M3, GAP, _frank_wolfe, _highest, _starting_points
 from isthmus.match.coordinate_ascent import _random_start
 from isthmus.match.nested import family_of
@@ -55,7 +55,7 @@ def case(name: str, count: int = 3) -> tuple[tuple[nn.Module, ...], isthmus.Symm
 
 
 def relaxed_of(models, sym, moving=None) -> RelaxedObjective:
-    problem = Problem(models, sym)
+    problem = MatchingProblem(models, sym)
     stay = [identity_transforms(sym) for _ in models]
     return RelaxedObjective(sym, problem.states, problem.parameters, stay, moving or range(len(models)))
 

@@ -14,7 +14,7 @@ from torch import nn
 import isthmus
 from isthmus.data import Batch
 from isthmus.errors import DataError, InputError, ModelError
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import _random_start
 from isthmus.match.gradient_search import (
     TaskLoss,
@@ -64,7 +64,7 @@ def structure(name: str, seed: int = 0) -> nn.Module:
 
 def task_of(spec: str, batch: int = 100, data=None) -> TaskLoss:
     models = [copy.deepcopy(lively(spec, seed)) for seed in range(2)]
-    return TaskLoss(Problem(models, symmetry(spec), data_of(spec) if data is None else data), batch)
+    return TaskLoss(MatchingProblem(models, symmetry(spec), data_of(spec) if data is None else data), batch)
 
 
 # The loss
@@ -146,7 +146,7 @@ def test_one_sample_has_no_variance():
 )
 def test_all_is_computed_in_one_precision_of_float32_at_least(dtypes, expected):
     models = [copy.deepcopy(lively(VGG_BN, seed)).to(dtype) for seed, dtype in enumerate(dtypes)]
-    task = TaskLoss(Problem(models, symmetry(VGG_BN), data_of(VGG_BN)), 100)
+    task = TaskLoss(MatchingProblem(models, symmetry(VGG_BN), data_of(VGG_BN)), 100)
     assert task.dtype == expected
     assert {t.dtype for state in task.states for t in state.values() if t.is_floating_point()} == {expected}
     assert task.at(task.states[1], task.fitting[0]).dtype == expected
@@ -197,7 +197,7 @@ def test_a_soft_move_by_permutation_matrices_is_the_hard_move(name):
     model = structure(name)
     args, kwargs = model.inputs()
     sym = isthmus.trace(structure(name), *args, kwargs=kwargs)
-    (state,) = working_states(Problem([model], sym))
+    (state,) = working_states(MatchingProblem([model], sym))
     transforms = _random_start(sym, np.random.default_rng(0))
     hard = move_state(state, transforms, sym)
     soft = move_softly(state, {key: as_matrix(t) for key, t in transforms.items()}, sym)
@@ -211,7 +211,7 @@ def test_a_soft_move_has_the_gradient_of_finite_differences(name):
     model = structure(name).double()
     args, kwargs = model.inputs()
     sym = isthmus.trace(structure(name), *args, kwargs=kwargs)
-    (state,) = working_states(Problem([model], sym))
+    (state,) = working_states(MatchingProblem([model], sym))
     rng = np.random.default_rng(1)
     weights = {key: torch.from_numpy(rng.standard_normal(tensor.shape)) for key, tensor in state.items()}
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import DataError, InputError
-from isthmus.match.base import Problem
+from isthmus.match.base import MatchingProblem
 from isthmus.match.coordinate_ascent import _random_start
 from isthmus.match.gradient_search import TaskLoss
 from isthmus.match.learned import LAMBDAS, Latents, Learned, _similarity_around
@@ -53,7 +53,7 @@ def structures(name: str, count: int = 2):
 def latents_of(group: str, seed: int = 0, spec: str = SMALL) -> Latents:
     """Latents at a random start, moved away from where they begin."""
     models, sym = doubles(spec), symmetry(spec)
-    problem = Problem(models, sym)
+    problem = MatchingProblem(models, sym)
     objective = WeightObjective(sym, *problem.states, problem.parameters)
     latents = Latents(objective, _random_start(sym, np.random.default_rng(seed)), group, torch.float64)
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +138,7 @@ def test_a_singular_map_is_refused():
 @pytest.mark.parametrize("name", [SMALL, "Attention", "GroupedConv", "GroupedQueries"])
 def test_all_maps_start_at_the_start(name, group):
     models, sym = (doubles(name), symmetry(name)) if name not in STRUCTURES else structures(name)[:2]
-    problem = Problem(models, sym)
+    problem = MatchingProblem(models, sym)
     start = isthmus.align(models, sym).transforms[1]
     latents = Latents(WeightObjective(sym, *problem.states, problem.parameters), start, group, torch.float64)
     for space in sym:
@@ -147,7 +147,7 @@ def test_all_maps_start_at_the_start(name, group):
 
 def test_a_latent_starts_as_the_similarity_over_its_mean_on_pairs():
     models, sym = doubles(SMALL), symmetry(SMALL)
-    problem = Problem(models, sym)
+    problem = MatchingProblem(models, sym)
     start = isthmus.align(models, sym).transforms[1]
     latents = Latents(WeightObjective(sym, *problem.states, problem.parameters), start, "permutation", torch.float64)
     a, b = (layers_of(model) for model in models)
@@ -173,7 +173,7 @@ def test_a_similarity_that_does_not_tell_the_start_is_not_taken():
 def test_a_search_goes_where_the_transcription_goes(group):
     models, sym, seed, steps = doubles(SMALL), symmetry(SMALL), 2, 5
     generator = torch.Generator().manual_seed(seed)
-    batches = TaskLoss(Problem(models, sym, data_of(SMALL)), 50).batches(generator)
+    batches = TaskLoss(MatchingProblem(models, sym, data_of(SMALL)), 50).batches(generator)
 
     def draw():
         t = LAMBDAS[0] + (LAMBDAS[1] - LAMBDAS[0]) * float(torch.rand((), generator=generator))
@@ -345,7 +345,7 @@ def test_labels_are_asked_for_by_name():
     with refuses(DataError, r"learned needs data: give data=, batches \(x, y\) with targets"):
         isthmus.align(models, symmetry(MLP), "learned")
     with refuses(DataError, "needs labels"):
-        Learned()(Problem(models, symmetry(MLP), unlabelled))
+        Learned()(MatchingProblem(models, symmetry(MLP), unlabelled))
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_a_network_is_recovered_from_one_whose_units_were_doubled(spec, twice, b
 def test_models_of_several_widths_become_one_of_the_firsts(name, way):
     parents = [lively(name, 0), lively(WIDE[name], 1), lively(name, 2)]
     found = isthmus.align(parents, None, way, data=data_of(name, samples=100))
-    assert found.frame == 0
+    assert found.frame_model == 0
     assert [own.shapes for own in found.symmetries] == [symmetry(s).shapes for s in (name, WIDE[name], name)]
     for space in symmetry(name):
         wide = found.symmetries[1][space.name].size
@@ -223,7 +223,7 @@ def test_an_alignment_of_several_widths_is_saved_and_loaded(tmp_path):
 def test_the_frame_can_be_moved_to_the_wider_model():
     models, found = several_widths()
     rebased = found.rebased(1)
-    assert rebased.frame == 1
+    assert rebased.frame_model == 1
     merged = isthmus.merge(models, rebased).state_dict()
     assert {k: v.shape for k, v in merged.items()} == {k: v.shape for k, v in models[1].state_dict().items()}
 

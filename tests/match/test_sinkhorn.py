@@ -13,7 +13,7 @@ import isthmus
 from isthmus.data import Batch
 from isthmus.errors import DataError, InputError
 from isthmus.match.assignment import assignment_value, solve_lap
-from isthmus.match.base import Problem
+from isthmus.match.base import MatchingProblem
 from isthmus.match.gradient_search import TaskLoss, combine, move_softly
 from isthmus.match.sinkhorn import LAMBDAS, Sinkhorn, _doubly_stochastic, _rounded, _squared_distance
 from isthmus.symmetry.transform import invert
@@ -166,7 +166,7 @@ def test_latents_are_rounded_to_the_assignment_they_gather_most_of():
 @LOSSES
 def test_the_gradient_of_a_loss_is_the_one_by_hand(loss):
     models, sym = doubles(SMALL), symmetry(SMALL)
-    task = TaskLoss(Problem(models, sym, data_of(SMALL)), 100)
+    task = TaskLoss(MatchingProblem(models, sym, data_of(SMALL)), 100)
     fixed, moved = task.states
     x, y = data_of(SMALL)[0]
     t = {"l2": 0.0, "midpoint": 0.5, "random": 0.3}[loss]
@@ -194,7 +194,7 @@ def test_the_gradient_of_a_loss_is_the_one_by_hand(loss):
 def test_a_search_goes_where_the_transcription_goes(loss):
     models, sym, seed = doubles(SMALL), symmetry(SMALL), 2
     generator = torch.Generator().manual_seed(seed)
-    batches = TaskLoss(Problem(models, sym, data_of(SMALL)), 50).batches(generator)
+    batches = TaskLoss(MatchingProblem(models, sym, data_of(SMALL)), 50).batches(generator)
 
     def draw():
         if loss == "l2":
@@ -358,7 +358,7 @@ def test_labels_are_asked_for_by_name_where_the_loss_needs_them():
     with refuses(DataError, "sinkhorn needs labels"):
         isthmus.align(models, symmetry(MLP), Sinkhorn(loss="l2", reference="best"), data=unlabelled)
     with refuses(DataError, "needs labels"):
-        Sinkhorn()(Problem(models, symmetry(MLP), unlabelled))
+        Sinkhorn()(MatchingProblem(models, symmetry(MLP), unlabelled))
     assert isthmus.align(models, symmetry(MLP), Sinkhorn(loss="l2", steps=1)).is_exact
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import isthmus
 from isthmus.errors import DataError, InputError
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import _random_start
 from isthmus.match.gradient_search import TaskLoss
 from isthmus.match.straight_through import StraightThrough, Walk
@@ -63,7 +63,7 @@ def samples_in(task: TaskLoss, seed: int, count: int) -> list[oracle.Sample]:
 @pytest.mark.parametrize("start", ["identity", "random"])
 def test_free_weights_and_projections_go_where_the_transcription_goes(count, start):
     models, sym = doubles(SMALL, count), symmetry(SMALL)
-    problem = Problem(models, sym, data_of(SMALL), seed=3)
+    problem = MatchingProblem(models, sym, data_of(SMALL), seed=3)
     task, rng = TaskLoss(problem, 50), np.random.default_rng(0)
     starts = [identity_transforms(sym), *(identity_transforms(sym) for _ in models[1:])]
     if start == "random":
@@ -101,7 +101,7 @@ def test_free_weights_and_projections_go_where_the_transcription_goes(count, sta
 @pytest.mark.parametrize("count", [2, 3])
 def test_it_keeps_the_best_by_the_transcriptions_held_out_loss(count):
     models, sym = doubles(SMALL, count), symmetry(SMALL)
-    problem = Problem(models, sym, data_of(SMALL), seed=1)
+    problem = MatchingProblem(models, sym, data_of(SMALL), seed=1)
     matched = isthmus.align(models, sym, WeightMatching(many="all_to_one"), seed=1)
     task = TaskLoss(problem, 50)
     held = [oracle.as_sample(*batch) for batch in data_of(SMALL)[3:]]
@@ -126,7 +126,7 @@ def test_projections_reach_the_best_of_all_permutations_more_often_than_not():
     sym, exact = symmetry(TINY), []
     for first, second in [(0, 1), (1, 2), (2, 0)]:
         models = [copy.deepcopy(trained(TINY, seed)).double() for seed in (first, second)]
-        problem = Problem(models, sym, data_of(TINY))
+        problem = MatchingProblem(models, sym, data_of(TINY))
         task = TaskLoss(problem, 50)
         start = [dict(t) for t in isthmus.align(models, sym, WeightMatching(restarts=5)).transforms]
         walk = Walk(problem, task, start, 0.05)
@@ -168,7 +168,7 @@ def test_on_held_out_batches_it_is_never_worse_than_its_start(spec, start):
 
 def test_from_where_the_models_are_the_first_projection_matches_weights():
     models, sym = doubles(MLP, 2), symmetry(MLP)
-    problem = Problem(models, sym, data_of(MLP))
+    problem = MatchingProblem(models, sym, data_of(MLP))
     walk = Walk(problem, TaskLoss(problem, 100), [identity_transforms(sym)] * 2, 1e-3)
     a, b = (oracle.layers_of(model) for model in models)
     still, found = rows_of(identity_transforms(sym)), rows_of(walk.transforms[1])
@@ -272,7 +272,7 @@ def test_labels_are_asked_for_by_name():
     with refuses(DataError, r"ste needs data: give data=, batches \(x, y\) with targets"):
         isthmus.align(models, symmetry(MLP), "ste")
     with refuses(DataError, "needs labels"):
-        StraightThrough()(Problem(models, symmetry(MLP), [x for x, _ in data_of(MLP)]))
+        StraightThrough()(MatchingProblem(models, symmetry(MLP), [x for x, _ in data_of(MLP)]))
     with refuses(DataError, "one batch cannot be split"):
         isthmus.align(models, symmetry(MLP), "ste", data=data_of(MLP)[:1])
 

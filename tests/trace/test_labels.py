@@ -13,10 +13,10 @@ from isthmus.tracing.blocks import pin, reduce
 from isthmus.tracing.labels import (
     Value,
     as_parameter,
+    combine,
     compress,
     concatenate,
     constant_value,
-    merge,
     one_to_one,
     reshape,
     simplify,
@@ -25,12 +25,12 @@ from isthmus.tracing.labels import (
     with_rigid,
 )
 from isthmus.tracing.relations import close_relations
-from isthmus.tracing.units import WILDCARD, Units
+from isthmus.tracing.units import WILDCARD, UnitTable
 
 laws = settings(max_examples=60, deadline=None)
 
 
-def allowed(units: Units, *axes: np.ndarray) -> list[dict[int, int]]:
+def allowed(units: UnitTable, *axes: np.ndarray) -> list[dict[int, int]]:
     """Every permutation within each axis that fixed units, united units and relations leave open, by trying all."""
     ids = np.concatenate(axes).tolist()
     root = {unit: int(units.find(np.array([unit]))[0]) for unit in range(units.size)}
@@ -70,7 +70,7 @@ def on_axis(axis: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(labels == WILDCARD, WILDCARD, axis[np.maximum(labels, 0)])
 
 
-def roots(units: Units, layer: np.ndarray) -> list:
+def roots(units: UnitTable, layer: np.ndarray) -> list:
     return units.find(layer).ravel().tolist()
 
 
@@ -88,7 +88,7 @@ def pairs_of_labels(smallest: int) -> st.SearchStrategy:
 def test_two_axes_that_meet_keep_their_pairs(smallest, data):
     seen = data.draw(pairs_of_labels(smallest))
     a, b = (ranked([pair[k] for pair in seen]) for k in (0, 1))
-    units = Units()
+    units = UnitTable()
     first, second = units.fresh(int(a.max()) + 1), units.fresh(int(b.max()) + 1)
     left, right = on_axis(first, a), on_axis(second, b)
     units.relate(left, right)
@@ -101,7 +101,7 @@ def test_two_axes_that_meet_keep_their_pairs(smallest, data):
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=6))
 def test_an_axis_that_meets_itself_keeps_its_pairs(seen):
     labels = ranked([label for pair in seen for label in pair]).reshape(-1, 2)
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(int(labels.max()) + 1)
     left, right = axis[labels[:, 0]], axis[labels[:, 1]]
     units.relate(left, right)
@@ -123,7 +123,7 @@ def test_an_axis_that_meets_itself_keeps_its_pairs(seen):
 )
 def test_many_meetings_keep_all_their_pairs(meetings):
     """Three axes of three units that meet one another, and themselves, in one order or several."""
-    units = Units()
+    units = UnitTable()
     axes = [units.fresh(3) for _ in range(3)]
     seen = []
     for one, other, orders in meetings:
@@ -141,7 +141,7 @@ def test_many_meetings_keep_all_their_pairs(meetings):
 @given(st.lists(st.tuples(st.integers(1, 2), st.integers(1, 2)), min_size=1, max_size=2))
 def test_blocks_in_which_all_pairs_occur_lose_nothing(sizes):
     """One against one, one against many, many against many: what is allowed is all that keeps the pairs."""
-    units = Units()
+    units = UnitTable()
     first, second = units.fresh(sum(n for n, _ in sizes)), units.fresh(sum(m for _, m in sizes))
     pairs, i, j = [], 0, 0
     for n, m in sizes:
@@ -156,7 +156,7 @@ def test_blocks_in_which_all_pairs_occur_lose_nothing(sizes):
 
 
 def test_one_against_one_is_the_same_unit():
-    units = Units()
+    units = UnitTable()
     a, b = units.fresh(3), units.fresh(3)
     units.relate(a, b[[2, 0, 1]])
     assert roots(units, a) == roots(units, b[[2, 0, 1]])
@@ -165,7 +165,7 @@ def test_one_against_one_is_the_same_unit():
 
 
 def test_many_against_one_are_inside_it():
-    units = Units()
+    units = UnitTable()
     a, b = units.fresh(2), units.fresh(4)
     units.relate(a.repeat(2), b)
     ((children, parents),) = units.relations
@@ -174,7 +174,7 @@ def test_many_against_one_are_inside_it():
 
 
 def test_many_against_many_are_inside_one_block():
-    units = Units()
+    units = UnitTable()
     a, b = units.fresh(4), units.fresh(4)
     grid = [(i, j) for half in (0, 2) for i in (half, half + 1) for j in (half, half + 1)]
     units.relate(a[[i for i, _ in grid]], b[[j for _, j in grid]])
@@ -185,7 +185,7 @@ def test_many_against_many_are_inside_one_block():
 
 
 def test_where_every_pair_occurs_nothing_follows():
-    units = Units()
+    units = UnitTable()
     a, b = units.fresh(2), units.fresh(3)
     units.relate(a.repeat(3), np.tile(b, 2))
     assert not units.relations
@@ -193,7 +193,7 @@ def test_where_every_pair_occurs_nothing_follows():
 
 
 def test_an_irregular_pattern_fixes_its_units_and_no_others():
-    units = Units()
+    units = UnitTable()
     a, b = units.fresh(4), units.fresh(4)
     units.place = ("aten.add", "block")
     units.relate(a[[0, 0, 1, 2, 3]], b[[0, 1, 1, 2, 3]])  # a path of three pairs; two pairs alone
@@ -204,7 +204,7 @@ def test_an_irregular_pattern_fixes_its_units_and_no_others():
 
 
 def test_layers_are_related_where_they_overlap_after_broadcasting():
-    units = Units()
+    units = UnitTable()
     a, b = units.fresh(3), units.fresh(3)
     units.relate(a.reshape(3, 1), np.broadcast_to(b.reshape(3, 1), (3, 2)))
     assert roots(units, a) == roots(units, b)
@@ -215,7 +215,7 @@ def test_layers_are_related_where_they_overlap_after_broadcasting():
 
 def test_units_of_one_axis_are_never_made_one():
     """x + x.flip: opposite units move together, yet they stay two."""
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(4)
     units.relate(axis, axis[::-1].copy())
     assert len(set(roots(units, axis))) == 4
@@ -224,7 +224,7 @@ def test_units_of_one_axis_are_never_made_one():
 
 
 def test_units_of_one_axis_are_not_made_one_through_another():
-    units = Units()
+    units = UnitTable()
     axis, other = units.fresh(3), units.fresh(3)
     units.relate(axis, other)
     units.relate(axis[[1, 2, 0]], other)
@@ -233,21 +233,21 @@ def test_units_of_one_axis_are_not_made_one_through_another():
 
 
 def test_a_ring_of_units_does_not_move():
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(4)
     units.relate(axis, np.roll(axis, 1))
     assert len(allowed(units, axis)) == 1
 
 
 def test_two_rings_change_places():
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(6)
     units.relate(axis, axis[[1, 2, 0, 4, 5, 3]])
     assert len(allowed(units, axis)) == 2
 
 
 def test_the_same_conclusion_is_drawn_once():
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(4)
     for _ in range(3):
         units.relate(axis, axis[::-1].copy())
@@ -255,7 +255,7 @@ def test_the_same_conclusion_is_drawn_once():
 
 
 def test_what_meets_a_fixed_unit_is_fixed_for_the_same_reason():
-    units = Units()
+    units = UnitTable()
     a, b = units.fresh(3), units.fresh(3)
     units.place = ("aten.sort", "layer")
     units.freeze(a[:2], "reaches an operation without a rule", expected=False)
@@ -268,7 +268,7 @@ def test_what_meets_a_fixed_unit_is_fixed_for_the_same_reason():
 
 
 def test_what_meets_a_position_is_fixed_where_it_meets_it():
-    units = Units()
+    units = UnitTable()
     a = units.fresh(3)
     units.place = ("aten.mul", "mask")
     units.relate(a, units.rigid(3))
@@ -278,7 +278,7 @@ def test_what_meets_a_position_is_fixed_where_it_meets_it():
 
 def test_units_inside_a_position_may_still_move():
     """Three units before a joint and two behind it: each part moves in itself."""
-    units = Units()
+    units = UnitTable()
     a = units.fresh(5)
     units.relate(a, units.rigid(2)[[0, 0, 0, 1, 1]])
     assert not units.is_frozen(a).any()
@@ -286,7 +286,7 @@ def test_units_inside_a_position_may_still_move():
 
 
 def test_wildcards_are_nobody():
-    units = Units()
+    units = UnitTable()
     a = units.fresh(2)
     layer = np.array([WILDCARD, *a, WILDCARD])
     assert roots(units, layer) == layer.tolist()
@@ -300,14 +300,14 @@ def test_wildcards_are_nobody():
 
 
 def test_a_parameter_has_one_unit_for_each_index_of_each_dimension():
-    units = Units()
+    units = UnitTable()
     value = as_parameter(units, "w", (3, 1, 2))
     assert [support(layer) for layer in value.layers] == [(0,), (2,)]
     assert len({unit for layer in value.layers for unit in layer.ravel().tolist()}) == 5
 
 
 def test_a_constant_is_fixed_where_it_varies():
-    units = Units()
+    units = UnitTable()
     value = constant_value(units, torch.tensor([[1.0, 2.0], [1.0, 2.0]]))
     assert [support(layer) for layer in value.layers] == [(1,)]
     assert all(units.is_frozen(layer).all() for layer in value.layers)
@@ -323,7 +323,7 @@ def test_a_constant_is_fixed_where_it_varies():
 def test_a_reduction_keeps_what_each_place_holds(rows):
     """A permutation that is allowed carries the units of every place to those of some place."""
     labels = ranked([label for row in rows for label in row]).reshape(len(rows), -1)
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(int(labels.max()) + 1)
     out = reduce(units, Value(labels.shape, (axis[labels],)), [1])
     held = [sorted(axis[row].tolist()) for row in labels]
@@ -341,7 +341,7 @@ def test_a_reduction_keeps_what_each_place_holds(rows):
 
 
 def test_blocks_of_a_reduction_move_with_their_units_inside():
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(6)
     out = reduce(units, Value((3, 2), (axis.reshape(3, 2),)), [1])
     (block,) = out.layers
@@ -354,7 +354,7 @@ def test_blocks_of_a_reduction_move_with_their_units_inside():
 
 
 def test_a_single_unit_is_its_own_block():
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(3)
     out = reduce(units, Value((3, 2), (np.repeat(axis.reshape(3, 1), 2, axis=1),)), [1])
     assert roots(units, out.layers[0]) == axis.tolist()
@@ -362,7 +362,7 @@ def test_a_single_unit_is_its_own_block():
 
 
 def test_a_reduction_over_all_of_an_axis_leaves_no_label():
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(3)
     value = Value((2, 3), (units.rigid(2).reshape(2, 1), axis.reshape(1, 3)))
     assert [support(layer) for layer in reduce(units, value, [1], keepdim=True).layers] == [(0,)]
@@ -371,7 +371,7 @@ def test_a_reduction_over_all_of_an_axis_leaves_no_label():
 
 
 def test_overlapping_sums_fix_their_units():
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(3)
     reduce(units, Value((2, 2), (axis[[[0, 1], [1, 2]]],)), [1])
     assert units.is_frozen(axis).all()
@@ -379,28 +379,28 @@ def test_overlapping_sums_fix_their_units():
 
 def test_units_that_meet_numbers_in_a_turning_order_are_fixed():
     """A circular convolution: place i holds all units, but each with another number than place j does."""
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(3)
     turned = axis[(np.arange(3)[:, None] + np.arange(3)) % 3]
     out = reduce(units, Value((3, 3), (turned, units.rigid(3).reshape(1, 3))), [1])
     assert units.is_frozen(axis).all()
     assert len(set(roots(units, out.layers[0]))) == 3
     # Without the numbers, every place holds the same.
-    units = Units()
+    units = UnitTable()
     axis = units.fresh(3)
     assert reduce(units, Value((3, 3), (turned,)), [1]).layers == ()
     assert not units.is_frozen(axis).any()
 
 
 def test_fixed_positions_are_reduced_to_what_they_hold():
-    units = Units()
+    units = UnitTable()
     value = Value((2, 4), (units.rigid(4)[[[0, 0, 1, 1], [2, 2, 3, 3]]],))
     (layer,) = reduce(units, value, [0]).layers
     found = roots(units, layer)
     assert found[0] == found[1] != found[2] == found[3]
 
 
-def joint(units: Units, value: Value) -> list[tuple]:
+def joint(units: UnitTable, value: Value) -> list[tuple]:
     """All labels of each position."""
     arrays = [np.broadcast_to(units.find(layer), value.shape).ravel().tolist() for layer in value.layers]
     return list(zip(*arrays, strict=True)) if arrays else [()] * int(np.prod(value.shape))
@@ -412,7 +412,7 @@ def joint(units: Units, value: Value) -> list[tuple]:
 )
 def test_parts_of_a_concatenation_are_told_apart(parts):
     """Two positions have the same labels only in one part, and only if they had the same labels there."""
-    units = Units()
+    units = UnitTable()
     common = units.fresh(3)
     batch = units.rigid(2).reshape(2, 1)
     values, before = [], []
@@ -432,21 +432,21 @@ def test_parts_of_a_concatenation_are_told_apart(parts):
 
 
 def test_parts_with_units_of_their_own_need_no_other_name():
-    units = Units()
+    units = UnitTable()
     a, b = units.fresh(2), units.fresh(3)
     out = concatenate(units, [Value((2,), (a,)), Value((3,), (b,))], 0)
     assert [layer.tolist() for layer in out.layers] == [[*a, *b]]
 
 
 def test_a_part_without_units_is_a_wildcard():
-    units = Units()
+    units = UnitTable()
     a = units.fresh(2)
     out = concatenate(units, [Value((2,), (a,)), Value((2,))], 0)
     assert [layer.tolist() for layer in out.layers] == [[*a, WILDCARD, WILDCARD]]
 
 
 def test_stacked_values_of_the_same_units_are_told_apart():
-    units = Units()
+    units = UnitTable()
     a = units.fresh(3)
     out = concatenate(units, [unsqueeze(Value((3,), (a,)), 1) for _ in range(2)], 1)
     assert out.shape == (3, 2)
@@ -454,17 +454,17 @@ def test_stacked_values_of_the_same_units_are_told_apart():
 
 
 def test_a_sum_relates_its_terms_and_keeps_the_finer_labels():
-    units = Units()
+    units = UnitTable()
     a, b = units.fresh(2), units.fresh(4)
     coarse, fine = Value((4,), (a.repeat(2),)), Value((4,), (b,))
-    (layer,) = merge(units, [coarse, fine]).layers
+    (layer,) = combine(units, [coarse, fine]).layers
     assert layer.tolist() == b.tolist()
     assert len(units.relations) == 1
 
 
 def test_what_two_layers_say_of_each_other_is_kept_when_one_goes():
     """The diagonal of an outer product: either factor's units are where the other's are."""
-    units = Units()
+    units = UnitTable()
     a, b = units.fresh(3), units.fresh(3)
     assert len(simplify(units, [a, b])) == 1
     assert roots(units, a) == roots(units, b)
@@ -472,7 +472,7 @@ def test_what_two_layers_say_of_each_other_is_kept_when_one_goes():
 
 def test_units_along_positions_keep_their_places_in_them():
     """A linear layer that makes all pixels of all channels: channels move, each with its pixels."""
-    units = Units()
+    units = UnitTable()
     value = reshape(as_parameter(units, "b", (6,)), (2, 3))  # two channels of three pixels
     (made,) = value.layers
     (channel,) = pin(units, value, [1], "slides").layers
@@ -483,7 +483,7 @@ def test_units_along_positions_keep_their_places_in_them():
 
 
 def test_what_lies_along_positions_only_is_fixed():
-    units = Units()
+    units = UnitTable()
     value = as_parameter(units, "w", (2, 3))
     pinned = pin(units, value, [1], "slides")
     assert units.is_frozen(value.layers[1]).all()
@@ -514,14 +514,14 @@ def test_compressed_layers_say_the_same(a, b, c):
     ],
 )
 def test_layers_tell_the_same_apart(left, right, expected):
-    units = Units()
+    units = UnitTable()
     a, b = units.fresh(3), units.fresh(3)
     assert one_to_one(units, on_axis(a, np.array(left)), on_axis(b, np.array(right))) == expected
 
 
 @pytest.mark.parametrize("told_apart", [True, False])
 def test_rows_that_meet_fixed_positions_in_a_pattern_lose_nothing_where_they_remain_at_fixed_ones(told_apart):
-    units = Units()
+    units = UnitTable()
     rows = units.fresh(3)[np.array([[1, 0], [2, 1]])]  # one for each distance of two places
     fixed = units.rigid(2)
     layers = (rows, fixed.reshape(1, 2), fixed.reshape(2, 1)) if told_apart else (rows, fixed.reshape(1, 2))

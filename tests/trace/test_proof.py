@@ -15,7 +15,7 @@ from isthmus.symmetry import Group, LinearMap, Permutation, Site, Space, Symmetr
 from isthmus.symmetry.groups import random_element
 from isthmus.symmetry.transform import move_state
 from isthmus.tracing.proof import _moved_by, _rounding, _stirred
-from isthmus.tracing.random_network import draw
+from isthmus.tracing.random_network import draw_network
 from refusals import refuses
 from zoo import ZOO, Net, built, double, traced
 
@@ -69,7 +69,7 @@ def test_each_space_alone_keeps_the_function(name):
     if not len(symmetry):
         assert not ZOO[name].spaces
         return
-    sample = draw(double(built(name)), symmetry, built(name).inputs(), rng)
+    sample = draw_network(double(built(name)), symmetry, built(name).inputs(), rng)
     for space in symmetry:
         moved = move_state(sample.state, {**identity, space.name: _stirred(space, rng)}, symmetry)
         assert sample.change(moved) <= LARGEST_ERROR, space.name
@@ -78,7 +78,7 @@ def test_each_space_alone_keeps_the_function(name):
 @pytest.mark.parametrize("name", [name for name, net in ZOO.items() if net.larger])
 def test_each_larger_group_alone_keeps_the_function(name):
     symmetry, rng = traced(name), np.random.default_rng(0)
-    sample = draw(double(built(name)), symmetry, built(name).inputs(), rng)
+    sample = draw_network(double(built(name)), symmetry, built(name).inputs(), rng)
     for space in symmetry:
         alone: dict = {each.name: Permutation.identity(each) for each in symmetry}
         alone[space.name] = random_element(space, rng)

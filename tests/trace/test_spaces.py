@@ -223,8 +223,8 @@ def test_half_precision_models_have_the_same_spaces():
 
 
 def test_a_loaded_symmetry_has_no_graph():
-    assert traced("PlainMLP").program is not None
-    assert replace(traced("PlainMLP"), program=None).hash == traced("PlainMLP").hash
+    assert traced("PlainMLP").graph is not None
+    assert replace(traced("PlainMLP"), graph=None).hash == traced("PlainMLP").hash
 
 
 # Tiny networks, on which every permutation of every axis of every tensor can be tried

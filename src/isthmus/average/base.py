@@ -14,7 +14,7 @@ from isthmus.symmetry.groups import keeps_function
 
 
 @dataclass(eq=False)
-class Aligned:
+class AveragingProblem:
     """Models in one common frame, and what a way of averaging may use.
 
     Attributes:
@@ -71,6 +71,6 @@ class Average(Protocol):
         """What the average needs beside the states."""
         ...
 
-    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
         """The averaged floating-point tensors."""
         ...

@@ -8,7 +8,7 @@ from isthmus.errors import InputError
 from isthmus.registry import did_you_mean
 
 # What users may give: one number a model, or such a list for every prefix of tensor names; "" is all other tensors.
-Given = Sequence[float] | Mapping[str, Sequence[float]] | None
+CoefficientsLike = Sequence[float] | Mapping[str, Sequence[float]] | None
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def lies_in(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-def check_coefficients(given: Given, models: int, names: Iterable[str] = ()) -> Coefficients:
+def check_coefficients(given: CoefficientsLike, models: int, names: Iterable[str] = ()) -> Coefficients:
     """The coefficients, every list scaled to sum to one.
 
     Args:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from isthmus.average.base import Aligned
+from isthmus.average.base import AveragingProblem
 from isthmus.average.task_vectors import add_to_base, check_scale, disjoint_mean, task_vectors, weighted_sum
 from isthmus.errors import InputError
 
@@ -41,7 +41,7 @@ class Dare:
             raise InputError(f"then={self.then!r}: use 'sum' or 'ties'")
         check_scale(self.scale)
 
-    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
         """The merged tensors."""
         generator = torch.Generator().manual_seed(aligned.seed)
         thinned = []

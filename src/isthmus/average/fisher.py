@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.average.base import Aligned
+from isthmus.average.base import AveragingProblem
 from isthmus.average.mean import Mean
 from isthmus.data.batches import read_batches
 from isthmus.errors import InputError, ModelError
@@ -44,7 +44,7 @@ class Fisher:
         if self.samples < 1 or not self.floor > 0:
             raise InputError(f"samples={self.samples}, floor={self.floor}: give at least 1, and a positive number")
 
-    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
         """The merged tensors.
 
         Raises:
@@ -64,7 +64,7 @@ class Fisher:
             merged[name] = (values.sum(dim=0) / total).to(merged[name].dtype)
         return merged
 
-    def _information(self, aligned: Aligned, index: int) -> dict[str, Tensor]:
+    def _information(self, aligned: AveragingProblem, index: int) -> dict[str, Tensor]:
         """The floored diagonal of one model's Fisher information, by parameter."""
         model = aligned.network(aligned.states[index]).requires_grad_(True)
         parameters = dict(model.named_parameters())

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from isthmus.average.base import Aligned
+from isthmus.average.base import AveragingProblem
 from isthmus.average.coefficients import Coefficients
 from isthmus.average.mean import Mean
 from isthmus.data.batches import Batch, split_batches
@@ -44,7 +44,7 @@ class GreedySoup:
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out={self.held_out}: give a share between 0 and 1")
 
-    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
         """The mean of the models taken in.
 
         Raises:
@@ -92,7 +92,7 @@ def _restricted(coefficients: Coefficients, chosen: Sequence[int]) -> Coefficien
     return Coefficients(scaled(coefficients.default), by_prefix)
 
 
-def _mean_of(aligned: Aligned, chosen: Sequence[int]) -> nn.Module:
+def _mean_of(aligned: AveragingProblem, chosen: Sequence[int]) -> nn.Module:
     """The mean of the chosen models; one model alone is itself whatever its weights."""
     if len(chosen) == 1:
         return aligned.network(aligned.states[chosen[0]])

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from isthmus.average.base import Aligned
+from isthmus.average.base import AveragingProblem
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Mean:
         """Nothing but the weights."""
         return ""
 
-    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
         """The weighted mean of every floating-point tensor."""
         merged: dict[str, Tensor] = {}
         for name, first in aligned.states[0].items():

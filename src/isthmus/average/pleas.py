@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.average.base import Aligned
+from isthmus.average.base import AveragingProblem
 from isthmus.average.mean import Mean
 from isthmus.data.batches import Batch
 from isthmus.errors import InputError
@@ -87,7 +87,7 @@ class PLeaS:
         if not (math.isfinite(self.ridge) and self.ridge > 0):
             raise InputError(f"ridge={self.ridge}: give a positive number, such as 1e-4")
 
-    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
         """The fitted tensors.
 
         Raises:
@@ -122,7 +122,7 @@ class Fitting:
     """
 
     options: PLeaS
-    aligned: Aligned
+    aligned: AveragingProblem
     symmetry: Symmetry
     batches: Sequence[Batch]
     alive: Sequence[int]
@@ -130,7 +130,7 @@ class Fitting:
 
     def run(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
         """The merged state, every layer fitted, from a start that holds the plain mean."""
-        graph = self.symmetry.program
+        graph = self.symmetry.traced
         program = graph.program
         layers = [layer for layer in layers_of(self.symmetry) if carries_outputs(self.symmetry, layer)]
         targets = {layer.target for layer in layers}

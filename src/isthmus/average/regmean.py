@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from isthmus.average.base import Aligned
+from isthmus.average.base import AveragingProblem
 from isthmus.average.mean import Mean
 from isthmus.errors import InputError
 from isthmus.graph.reader import Reader, node_shapes, program_for
@@ -51,7 +51,7 @@ class RegMean:
                 f"samples={self.samples}, rows={self.rows}, shrink={self.shrink}: give 1 or more, and a share"
             )
 
-    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
         """The merged tensors.
 
         Raises:
@@ -90,7 +90,9 @@ class RegMean:
             merged[name] = torch.cat(blocks).view(merged[name].shape).to(merged[name].dtype)
         return merged
 
-    def _grams(self, aligned: Aligned, index: int, symmetry: Symmetry, layers: list[Layer]) -> dict[str, list[Tensor]]:
+    def _grams(
+        self, aligned: AveragingProblem, index: int, symmetry: Symmetry, layers: list[Layer]
+    ) -> dict[str, list[Tensor]]:
         """One moved parent's shrunk Gram matrices, by weight and group of channels."""
         state = aligned.states[index]
         batches = take(aligned.data, self.samples, first_float(state))
@@ -99,7 +101,7 @@ class RegMean:
         totals: dict[str, list[Tensor]] = {}
         rows = 0
         for batch in batches:
-            program = program_for(symmetry.program.program, batch)
+            program = program_for(symmetry.traced.program, batch)
             shapes = node_shapes(program)
             seen: dict[str, Tensor] = {}
             observers = {layer.contraction.source: seen_by(seen, layer.contraction.source) for layer in layers}

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.average.base import Aligned
+from isthmus.average.base import AveragingProblem
 from isthmus.errors import InputError
 
 # Directions whose cosine is above this are so near that the arc is a line.
@@ -31,7 +31,7 @@ class Slerp:
         """Nothing but the weights."""
         return ""
 
-    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
         """The interpolated tensors.
 
         Raises:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from isthmus.average.base import Aligned
+from isthmus.average.base import AveragingProblem
 from isthmus.average.task_vectors import add_to_base, check_scale, task_vectors, weighted_sum
 
 
@@ -33,6 +33,6 @@ class TaskArithmetic:
     def __post_init__(self) -> None:
         check_scale(self.scale)
 
-    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
         """The merged tensors."""
         return add_to_base(aligned, weighted_sum(aligned, task_vectors(aligned)), self.scale)

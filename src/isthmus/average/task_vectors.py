@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from isthmus.average.base import Aligned
+from isthmus.average.base import AveragingProblem
 from isthmus.average.mean import Mean
 from isthmus.errors import InputError
 
@@ -23,7 +23,7 @@ def check_scale(scale: float) -> None:
         raise InputError(f"scale={scale}: give a finite number, such as 1.0")
 
 
-def task_vectors(aligned: Aligned) -> list[TaskVector]:
+def task_vectors(aligned: AveragingProblem) -> list[TaskVector]:
     """For every model, its trained tensors minus the base's, in float64.
 
     Raises:
@@ -39,7 +39,7 @@ def task_vectors(aligned: Aligned) -> list[TaskVector]:
     return [{name: state[name].double() - base[name].double() for name in names} for state in aligned.states]
 
 
-def add_to_base(aligned: Aligned, moved: TaskVector, scale: float) -> dict[str, Tensor]:
+def add_to_base(aligned: AveragingProblem, moved: TaskVector, scale: float) -> dict[str, Tensor]:
     """The base plus `scale` times a task vector; running statistics and other buffers are plain means."""
     assert aligned.base is not None
     merged = Mean()(aligned)
@@ -48,7 +48,7 @@ def add_to_base(aligned: Aligned, moved: TaskVector, scale: float) -> dict[str, 
     return merged
 
 
-def weighted_sum(aligned: Aligned, vectors: Sequence[TaskVector]) -> TaskVector:
+def weighted_sum(aligned: AveragingProblem, vectors: Sequence[TaskVector]) -> TaskVector:
     """Σ c_m τ_m."""
     return {
         name: torch.stack([c * vector[name] for c, vector in zip(aligned.weights(name), vectors, strict=True)]).sum(
@@ -58,7 +58,7 @@ def weighted_sum(aligned: Aligned, vectors: Sequence[TaskVector]) -> TaskVector:
     }
 
 
-def disjoint_mean(aligned: Aligned, vectors: Sequence[TaskVector]) -> TaskVector:
+def disjoint_mean(aligned: AveragingProblem, vectors: Sequence[TaskVector]) -> TaskVector:
     """Per number, the weighted mean over the models that move it in the direction of the weighted sum."""
     found: TaskVector = {}
     for name in vectors[0]:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from isthmus.average.base import Aligned
+from isthmus.average.base import AveragingProblem
 from isthmus.average.task_vectors import TaskVector, add_to_base, check_scale, disjoint_mean, task_vectors
 from isthmus.errors import InputError
 
@@ -37,7 +37,7 @@ class Ties:
             raise InputError(f"density={self.density}: give a share above 0 and up to 1")
         check_scale(self.scale)
 
-    def __call__(self, aligned: Aligned) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
         """The merged tensors."""
         trimmed = [_trim(vector, self.density) for vector in task_vectors(aligned)]
         return add_to_base(aligned, disjoint_mean(aligned, trimmed), self.scale)

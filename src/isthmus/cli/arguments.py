@@ -10,7 +10,7 @@ import typer
 
 from isthmus.errors import InputError
 from isthmus.registry import did_you_mean, parse_value
-from isthmus.runs.recipe import Alignment, Data, Member, Recipe
+from isthmus.runs.recipe import AlignOptions, DataOptions, ParentOptions, Recipe
 
 # The commands are in cli.py.
 app = typer.Typer(
@@ -115,7 +115,7 @@ def build_recipe(
     architecture = _find_architecture(paths, model)
     if samples < 1:
         raise InputError(f"--samples {samples}: give a positive number")
-    members = [Member(model=path) for path in paths]
+    members = [ParentOptions(model=path) for path in paths]
     if weights is not None:
         numbers = [parse_value(part) for part in weights.split(",")]
         if len(numbers) != len(members) or not all(isinstance(x, int | float) for x in numbers):
@@ -127,8 +127,8 @@ def build_recipe(
     recipe = Recipe(
         models=members,
         architecture=architecture,
-        align=Alignment(method=method, options=options),
-        data=None if data is None else Data(name=data, folder=folder, samples=samples),
+        align=AlignOptions(method=method, options=options),
+        data=None if data is None else DataOptions(name=data, folder=folder, samples=samples),
         input=parse_shape(shape),
         seed=seed,
         verify=not no_verify,

@@ -21,7 +21,7 @@ from isthmus.cli.terminal import (
     print_scores,
 )
 from isthmus.errors import IsthmusError
-from isthmus.runs.recipe import Data, read_recipe
+from isthmus.runs.recipe import DataOptions, read_recipe
 
 # Typer does not export the base of its usage errors.
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -59,8 +59,8 @@ NoVerify = Annotated[bool, typer.Option("--no-verify", help="Leave out the proof
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output and nothing else.")]
 
 
-@app.command()
-def inspect(
+@app.command("inspect")
+def _inspect_command(
     model: NewModel,
     data: DataName = None,
     data_dir: DataDir = None,
@@ -72,7 +72,7 @@ def inspect(
     from isthmus.cli.trees import freeze_warnings, frozen_tree, space_tree, spoken_gauges
     from isthmus.runs.run_inspect import inspect_model
 
-    named = None if data is None else Data(name=data, folder=None if data_dir is None else str(data_dir))
+    named = None if data is None else DataOptions(name=data, folder=None if data_dir is None else str(data_dir))
     report = inspect_model(model, parse_shape(shape), named, prove=not no_verify)
     if as_json:
         return print_json(report)
@@ -95,8 +95,8 @@ def inspect(
     return None
 
 
-@app.command(context_settings=METHOD_OPTIONS)
-def merge(
+@app.command("merge", context_settings=METHOD_OPTIONS)
+def _merge_command(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints, or one recipe (.yaml).")],
     out: Out,
     model: Model = None,
@@ -156,8 +156,8 @@ def merge(
     return None
 
 
-@app.command(context_settings=METHOD_OPTIONS)
-def align(
+@app.command("align", context_settings=METHOD_OPTIONS)
+def _align_command(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints of one architecture.")],
     out: Out,
     model: Model = None,
@@ -186,8 +186,8 @@ def align(
     return None
 
 
-@app.command(context_settings=METHOD_OPTIONS)
-def connect(
+@app.command("connect", context_settings=METHOD_OPTIONS)
+def _connect_command(
     checkpoints: Annotated[list[str], typer.Argument(help="Two checkpoints of one architecture.")],
     model: Model = None,
     data: DataName = None,
@@ -210,7 +210,7 @@ def connect(
     from isthmus.checkpoint.folders import new_folder
     from isthmus.checkpoint.writing import write_text
     from isthmus.report.curves import draw_curve
-    from isthmus.runs.facts import finite
+    from isthmus.runs.facts import plain_json
     from isthmus.runs.run_connect import run_connect
 
     paths, options = split_options(checkpoints)
@@ -224,7 +224,7 @@ def connect(
     else:
         with new_folder(out, force) as folder:
             report = run()
-            write_text(folder / "report.json", json.dumps(finite(report), indent=1))
+            write_text(folder / "report.json", json.dumps(plain_json(report), indent=1))
             for kind in ("svg", "png"):
                 (folder / f"curve.{kind}").write_bytes(draw_curve(report, kind))
     if as_json:
@@ -236,8 +236,8 @@ def connect(
     return None
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def _compare_command(
     checkpoints: Annotated[list[str], typer.Argument(help="Two or more checkpoints of one architecture.")],
     model: Model = None,
     data: DataName = None,
@@ -271,7 +271,7 @@ def compare(
     from isthmus.checkpoint.folders import new_folder
     from isthmus.checkpoint.writing import write_text
     from isthmus.report.bars import draw_comparison
-    from isthmus.runs.facts import finite
+    from isthmus.runs.facts import plain_json
     from isthmus.runs.run_compare import run_compare
 
     recipe = build_recipe(
@@ -290,7 +290,7 @@ def compare(
     else:
         with new_folder(out, force) as folder:
             report = run()
-            write_text(folder / "compare.json", json.dumps(finite(report), indent=1))
+            write_text(folder / "compare.json", json.dumps(plain_json(report), indent=1))
             write_text(folder / "table.md", report["table"])
             for kind in ("svg", "png"):
                 (folder / f"compare.{kind}").write_bytes(draw_comparison(report["comparison"], kind))
@@ -302,8 +302,8 @@ def compare(
     return None
 
 
-@app.command()
-def explain(
+@app.command("explain")
+def _explain_command(
     folder: Annotated[Path, typer.Argument(help="The folder of a finished isthmus merge.")],
     images: Annotated[int, typer.Option(help="Inputs of the test split to score units on.")] = 2000,
     units: Annotated[int, typer.Option(help="Best, middle and worst units to draw of a space; 0 draws none.")] = 2,
@@ -317,9 +317,9 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Explain a merge, unit by unit and direction by direction, in its report.html."""
-    from isthmus.runs.run_explain import Wishes, explain_run
+    from isthmus.runs.run_explain import ExplainOptions, explain_run
 
-    wishes = Wishes(images, units, spaces, pictures, steps, not no_claims)
+    wishes = ExplainOptions(images, units, spaces, pictures, steps, not no_claims)
     report = explain_run(folder, wishes)
     if as_json:
         return print_json(report)
@@ -328,8 +328,8 @@ def explain(
     return None
 
 
-@app.command()
-def train(
+@app.command("train")
+def _train_command(
     model: NewModel,
     data: Annotated[str, typer.Option("--data", help="A data set's name, or FILE.npz.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint to write (.safetensors).")],
@@ -367,8 +367,8 @@ def train(
     return None
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def _demo_command(
     out: Out = Path("runs/demo"),
     as_json: AsJson = False,
 ) -> None:

@@ -15,9 +15,9 @@ console = Console(highlight=False)
 
 def print_json(report: Mapping[str, Any]) -> None:
     """Prints a report as JSON."""
-    from isthmus.runs.facts import finite
+    from isthmus.runs.facts import plain_json
 
-    sys.stdout.write(json.dumps(finite(report), ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(plain_json(report), ensure_ascii=False) + "\n")
 
 
 def print_proof(proof: Mapping[str, Any] | None) -> None:

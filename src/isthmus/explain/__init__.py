@@ -18,7 +18,7 @@ from isthmus.explain.similarity import (
 )
 from isthmus.explain.spectrum import LayerSpectrum, Spectra, measure_spectra
 from isthmus.explain.taylor import TaylorBarrier, taylor_barrier
-from isthmus.explain.units import SpaceUnits, Units, measure_units
+from isthmus.explain.units import SpaceFates, UnitFates, measure_units
 
 __all__ = [
     "CKAMatrix",
@@ -29,10 +29,10 @@ __all__ = [
     "LayerSpectrum",
     "Maco",
     "Pictures",
-    "SpaceUnits",
+    "SpaceFates",
     "Spectra",
     "TaylorBarrier",
-    "Units",
+    "UnitFates",
     "cka",
     "cka_matrix",
     "debiased_cka",

@@ -22,7 +22,7 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-12
 
 
-def draw(
+def ascend_images(
     target: Target,
     state: Mapping[str, Tensor],
     units: Sequence[int],

@@ -20,7 +20,7 @@ HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not"
 METHODS = ("naive", "weight_matching", "activation_matching", "ste")
 
 # Claim 1. The paper reports that matching takes off 6 to 20 % of the distance.
-LITTLE = 0.25  # share of the distance that matching takes off
+SMALL_DISTANCE_SHARE = 0.25  # share of the distance that matching takes off
 MISSED = 0.5  # error of the estimate, as a share of the real barrier
 FLOOR = 0.01  # barriers are compared as if they were at least this: less is the noise of a few thousand samples
 
@@ -33,13 +33,13 @@ LEAD = 0.05  # by how much R of the large directions must be above R of all
 RISING = 0.3  # Spearman's correlation of alignment with singular value
 
 # Claim 4.
-MOST = 0.1  # share of the directions taken as the top ones
-TWICE = 2.0  # the input's share in their span over what chance gives
+TOP_SHARE = 0.1  # share of the directions taken as the top ones
+LEAST_CHANCE_RATIO = 2.0  # the input's share in their span over what chance gives
 WIDER = 0.05  # by how much the merged model's gain along large directions must be above that along the others
 
 # Claim 5.
-NEAR = 0.1  # difference of two barriers, as a share of the naive one
-LIKE = 0.5  # smallest ratio of two R that are alike
+NEAR_BARRIER_SHARE = 0.1  # difference of two barriers, as a share of the naive one
+LEAST_ALIKE_RATIO = 0.5  # smallest ratio of two R that are alike
 SMALL = 0.25  # share of weight matching's R below which R is small
 
 
@@ -113,8 +113,8 @@ def _judge_distance(spectra: Spectra | None, taylor: TaylorBarrier | None) -> Cl
         "barrier that rests on that distance fails."
     )
     threshold = (
-        f"distance falls by at most {LITTLE:.0%}; the estimate misses the real barrier by more than {MISSED:.0%} of it "
-        f"(barriers below {FLOOR} count as {FLOOR})"
+        f"distance falls by at most {SMALL_DISTANCE_SHARE:.0%}; the estimate misses the real barrier by more than "
+        f"{MISSED:.0%} of it (barriers below {FLOOR} count as {FLOOR})"
     )
     missing = [
         *_missing_unless(spectra is not None, "the spectra after weight matching"),
@@ -129,7 +129,7 @@ def _judge_distance(spectra: Spectra | None, taylor: TaylorBarrier | None) -> Cl
         f"distance {spectra.distance_before:.4g} before and {spectra.distance_after:.4g} after ({taken:.1%} less); "
         f"barrier estimated {taylor.estimate:.4g}, real {taylor.real:.4g} (off by {error:.0%})"
     )
-    return Claim(text, figure, verdict_of(taken <= LITTLE, error > MISSED), threshold)
+    return Claim(text, figure, verdict_of(taken <= SMALL_DISTANCE_SHARE, error > MISSED), threshold)
 
 
 def _judge_values(spectra: Spectra | None) -> Claim:
@@ -196,7 +196,7 @@ def _judge_merged(spectra: Spectra | None) -> Claim:
     threshold = (
         f"over the layers, the median gain of the merged model along A's directions of at least {GAMMA} of the largest "
         f"singular value is above that along the others by at least {WIDER}; the median share of a layer's input in "
-        f"the span of its top {MOST:.0%} of directions is at least {TWICE:g} times that of chance"
+        f"the span of its top {TOP_SHARE:.0%} of directions is at least {LEAST_CHANCE_RATIO:g} times that of chance"
     )
     layers = spectra.layers if spectra is not None else ()
     split = [pair for pair in map(_split_gains, layers) if pair is not None]
@@ -213,10 +213,10 @@ def _judge_merged(spectra: Spectra | None) -> Claim:
     shares, ratios = [share for share, _ in parts], [share / chance for share, chance in parts]
     figure = (
         f"gain {large:.3f} along large directions and {small:.3f} along the others ({len(split)} layers; ½ is kept by "
-        f"one model alone); {median(shares):.1%} of a layer's input in its top {MOST:.0%} of directions, "
+        f"one model alone); {median(shares):.1%} of a layer's input in its top {TOP_SHARE:.0%} of directions, "
         f"{median(ratios):.1f} times chance ({len(fed)} layers)"
     )
-    return Claim(text, figure, verdict_of(large - small >= WIDER, median(ratios) >= TWICE), threshold)
+    return Claim(text, figure, verdict_of(large - small >= WIDER, median(ratios) >= LEAST_CHANCE_RATIO), threshold)
 
 
 def _judge_methods(
@@ -229,10 +229,10 @@ def _judge_methods(
         "not judged here.)"
     )
     threshold = (
-        f"activation matching: its barrier is within {NEAR:.0%} of the naive one from weight matching's, and the "
-        f"smaller R at γ = {GAMMA} is at least {LIKE:g} of the larger; straight-through: its barrier is no more than "
-        f"{NEAR:.0%} of the naive one above weight matching's, and its R at γ = {GAMMA} is at most {SMALL:g} of weight "
-        "matching's"
+        f"activation matching: its barrier is within {NEAR_BARRIER_SHARE:.0%} of the naive one from weight matching's, "
+        f"and the smaller R at γ = {GAMMA} is at least {LEAST_ALIKE_RATIO:g} of the larger; straight-through: its "
+        f"barrier is no more than {NEAR_BARRIER_SHARE:.0%} of the naive one above weight matching's, and its R at "
+        f"γ = {GAMMA} is at most {SMALL:g} of weight matching's"
     )
     found = {"weight_matching": spectra, "activation_matching": activation, "ste": ste}
     overlaps = {name: _overlaps_of(each) for name, each in found.items()}
@@ -241,11 +241,11 @@ def _judge_methods(
     missing += _missing_unless("naive" not in barriers or barriers["naive"] > FLOOR, "a naive barrier to lower")
     if missing:
         return unmeasured(text, missing, threshold)
-    room = NEAR * barriers["naive"]
+    room = NEAR_BARRIER_SHARE * barriers["naive"]
     by_method = {name: overlaps[name][GAMMA][1] for name in found}
     weight, other, through = (by_method[name] for name in found)
     alike = abs(barriers["activation_matching"] - barriers["weight_matching"]) <= room
-    alike &= min(weight, other) >= LIKE * max(weight, other)
+    alike &= min(weight, other) >= LEAST_ALIKE_RATIO * max(weight, other)
     apart = barriers["ste"] - barriers["weight_matching"] <= room and through <= SMALL * weight
     told = ", ".join(f"{name} {barriers[name]:.4g}" for name in METHODS)
     figure = f"barriers: {told}; R at γ = {GAMMA}: " + ", ".join(f"{name} {by_method[name]:.3f}" for name in found)
@@ -294,5 +294,5 @@ def _split_gains(layer: LayerSpectrum) -> tuple[float, float] | None:
 def top_share(layer: LayerSpectrum) -> tuple[float, float]:
     """The share of a layer's input in the span of its top directions, and what chance gives."""
     shares = layer.input_shares or ()
-    k = max(1, round(MOST * len(shares)))
+    k = max(1, round(TOP_SHARE * len(shares)))
     return shares[k - 1], layer.chance(k)

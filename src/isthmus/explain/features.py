@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from isthmus.data.batches import check_data, read_batches
 from isthmus.errors import DataError, InputError
-from isthmus.explain.ascent import draw
+from isthmus.explain.ascent import ascend_images
 from isthmus.explain.images import ImageStatistics, assumed_statistics, images_of, measure_images, rfft_shape
 from isthmus.explain.parametrisations import Parametrisation, chosen_method
 from isthmus.explain.target import Target
@@ -205,7 +205,7 @@ def visualise_many(
         for first in range(0, len(own), together):
             part, noise = list(own[first : first + together]), list(names[first : first + together])
             missing = together - len(part)  # the last part is filled up: a batch of another size is another graph
-            drawing = draw(
+            drawing = ascend_images(
                 target, state, part + part[:1] * missing, noise + noise[:1] * missing, drawn, statistics, seed, steps
             )
             images.append(drawing[0][: len(part)])

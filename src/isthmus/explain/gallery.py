@@ -19,7 +19,7 @@ from isthmus.errors import InputError
 from isthmus.explain.features import respond, visualise_many
 from isthmus.explain.images import measure_images
 from isthmus.explain.moves import matched_correlation
-from isthmus.explain.units import MERGED, NAIVE, SpaceUnits, Units
+from isthmus.explain.units import MERGED, NAIVE, SpaceFates, UnitFates
 from isthmus.graph.capture import Program
 from isthmus.observe.moments import SpaceMoments
 from isthmus.progress import progress
@@ -66,7 +66,7 @@ class Gallery:
     seconds: float
 
 
-def _choose_units(own: SpaceUnits, each: int) -> list[tuple[int, str]]:
+def _choose_units(own: SpaceFates, each: int) -> list[tuple[int, str]]:
     """The units to show: those whose least correlation with a model is highest, in the middle, and lowest."""
     order = own.merged.min(dim=0).values.argsort(descending=True, stable=True).tolist()
     middle = max(0, len(order) // 2 - each // 2)
@@ -94,7 +94,7 @@ def takes_images(program: Program) -> bool:
 def draw_gallery(
     networks: Mapping[str, nn.Module],
     symmetry: Symmetry,
-    units: Units,
+    units: UnitFates,
     data: Any,
     *,
     spaces: Sequence[str] | None = None,
@@ -125,7 +125,7 @@ def draw_gallery(
     """
     if each < 1:
         raise InputError(f"each={each}: show one unit of each group at least")
-    if not takes_images(symmetry.program.program):
+    if not takes_images(symmetry.traced.program):
         raise InputError("the networks take no images: there is nothing to draw")
     wanted = [name for name in spaces or units.spaces if name in units.spaces and units.spaces[name].top]
     statistics = measure_images(data)
@@ -260,7 +260,7 @@ def _png_uri(levels: UInt8[np.ndarray, "height width channels"]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def draw_matches(own: SpaceUnits, moments: SpaceMoments, first: int = 0, second: int = 1) -> dict[str, str]:
+def draw_matches(own: SpaceFates, moments: SpaceMoments, first: int = 0, second: int = 1) -> dict[str, str]:
     """Correlations of two models' units as pictures, one pixel a pair: in their own order, and matched.
 
     Of more than `CELLS` units, evenly spaced ones are shown. Red is +1, blue −1; a slot without a unit is empty.

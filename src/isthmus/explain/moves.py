@@ -14,7 +14,7 @@ from isthmus.symmetry.transform import LinearMap, Transforms, as_matrix, flat_in
 
 
 @dataclass(frozen=True, eq=False)
-class Move:
+class SlotMap:
     """How one model's units of a space are carried into the common frame: by an order, or by a matrix.
 
     Attributes:
@@ -26,7 +26,7 @@ class Move:
     matrix: Float[Tensor, "units units"] | None
 
     @classmethod
-    def of(cls, transforms: Transforms, symmetry: Symmetry, space: Space) -> "Move":
+    def of(cls, transforms: Transforms, symmetry: Symmetry, space: Space) -> "SlotMap":
         """The move of one space, over all its copies, with its parents' moves included."""
         transform = transforms[space.name]
         if not isinstance(transform, LinearMap):
@@ -63,12 +63,12 @@ class Move:
         assert self.order is not None
         return values[:, self.order.argsort()]
 
-    def then(self, order: Int[Tensor, " units"]) -> "Move":
+    def then(self, order: Int[Tensor, " units"]) -> "SlotMap":
         """This move, and then another order of the slots."""
         if self.matrix is not None:
-            return Move(None, self.matrix[order])
+            return SlotMap(None, self.matrix[order])
         assert self.order is not None
-        return Move(self.order[order], None)
+        return SlotMap(self.order[order], None)
 
 
 def largest_shares(matrix: Float[Tensor, "slots units"]) -> Float[Tensor, " slots"]:
@@ -78,7 +78,7 @@ def largest_shares(matrix: Float[Tensor, "slots units"]) -> Float[Tensor, " slot
     return torch.where(total > 0, squares.max(dim=1).values / total.clamp_min(torch.finfo(total.dtype).tiny), 1.0)
 
 
-def deviations(moments: SpaceMoments, model: int, move: Move) -> Float[Tensor, " units"]:
+def deviations(moments: SpaceMoments, model: int, move: SlotMap) -> Float[Tensor, " units"]:
     """Standard deviations of a model's units in the frame."""
     covariance = moments.between(model, model)
     if move.matrix is None:
@@ -86,7 +86,7 @@ def deviations(moments: SpaceMoments, model: int, move: Move) -> Float[Tensor, "
     return ((move.matrix @ covariance) * move.matrix).sum(dim=1).clamp_min(0).sqrt()
 
 
-def correlate(moments: SpaceMoments, a: int, move_a: Move, b: int, move_b: Move) -> Float[Tensor, " units"]:
+def correlate(moments: SpaceMoments, a: int, move_a: SlotMap, b: int, move_b: SlotMap) -> Float[Tensor, " units"]:
     """Correlation, slot by slot, of two networks' units in the frame; units that never vary agree if they are equal."""
     across = move_a.of_rows(moments.between(a, b))
     if move_b.matrix is None:
@@ -103,7 +103,7 @@ def correlate(moments: SpaceMoments, a: int, move_a: Move, b: int, move_b: Move)
 
 
 def matched_correlation(
-    moments: SpaceMoments, first: int, move_first: Move, second: int, move_second: Move
+    moments: SpaceMoments, first: int, move_first: SlotMap, second: int, move_second: SlotMap
 ) -> Float[Tensor, "slots slots"]:
     """Correlations of two models' units in the common frame, those of the first in rows; 0 where nothing varies."""
     across = move_second.of_columns(move_first.of_rows(moments.between(first, second)))

@@ -7,17 +7,17 @@ import torch
 
 from isthmus.explain.claims import Claim, unmeasured, verdict_of
 from isthmus.explain.spectrum import rank_correlation
-from isthmus.explain.units import LOST, SHARED, SpaceUnits
+from isthmus.explain.units import LOST, SHARED, SpaceFates
 
-MOST = 0.5  # share of units that is most of them
-APART = 0.1  # difference of two shares, or of two correlations, that counts
+MOST_UNITS = 0.5  # share of units that is most of them
+LEAST_DIFFERENCE = 0.1  # difference of two shares, or of two correlations, that counts
 SURVIVES = 0.3  # Spearman's correlation of how well a pair matched with how much of both is left
 COLLAPSED = 0.8  # variance of merged units over their models' below which it has collapsed
 MENDED = (0.8, 1.25)  # the same once it is mended
 
 
 def answer_questions(
-    spaces: Mapping[str, SpaceUnits],
+    spaces: Mapping[str, SpaceFates],
     variance_ratios: Mapping[str, Mapping[str, float | None]],
     *,
     repaired: bool = True,
@@ -50,13 +50,13 @@ def _shares(labels: Sequence[str]) -> tuple[float, float, float]:
     return shared, 1 - shared - lost, lost
 
 
-def _whose_features(spaces: Sequence[SpaceUnits]) -> Claim:
+def _whose_features(spaces: Sequence[SpaceFates]) -> Claim:
     """Is a merged unit A's feature, B's, a blend, or lost?"""
     text = "Most units of the merged network still are features of all its models."
     level = spaces[0].threshold if spaces else 0
     threshold = (
-        f"a unit is a model's feature if they correlate by {level:.2f} or more: holds if {MOST:.0%} of all units are "
-        "of all models, partly if so many are of one at least"
+        f"a unit is a model's feature if they correlate by {level:.2f} or more: holds if {MOST_UNITS:.0%} of all units "
+        "are of all models, partly if so many are of one at least"
     )
     labels = [label for space in spaces for label in space.labels]
     if not labels:
@@ -66,15 +66,15 @@ def _whose_features(spaces: Sequence[SpaceUnits]) -> Claim:
     naive = [label for space in spaces for label in space.naive_labels]
     if naive:
         figure += "; averaged without matching {:.0%}, {:.0%}, {:.0%}".format(*_shares(naive))
-    return Claim(text, figure, verdict_of(shared >= MOST, shared + some >= MOST), threshold)
+    return Claim(text, figure, verdict_of(shared >= MOST_UNITS, shared + some >= MOST_UNITS), threshold)
 
 
-def _whether_pairs_survive(spaces: Sequence[SpaceUnits]) -> Claim:
+def _whether_pairs_survive(spaces: Sequence[SpaceFates]) -> Claim:
     """Do well-matched pairs survive?"""
     text = "The better a pair matched, the more of both is left in the merged unit."
     threshold = (
         f"median over the spaces of Spearman's correlation at least {SURVIVES}; the quarter of units that matched best "
-        f"keeps {APART} more than the quarter that matched worst"
+        f"keeps {LEAST_DIFFERENCE} more than the quarter that matched worst"
     )
     relations, gaps = [], []
     for space in spaces:
@@ -91,15 +91,15 @@ def _whether_pairs_survive(spaces: Sequence[SpaceUnits]) -> Claim:
     if not relations:
         return unmeasured(text, ["a space of eight units or more that differ"], threshold)
     figure = f"Spearman {median(relations):.2f}, best quarter {median(gaps):+.2f} (medians of {len(relations)} spaces)"
-    return Claim(text, figure, verdict_of(median(relations) >= SURVIVES, median(gaps) >= APART), threshold)
+    return Claim(text, figure, verdict_of(median(relations) >= SURVIVES, median(gaps) >= LEAST_DIFFERENCE), threshold)
 
 
-def _by_depth(spaces: Sequence[SpaceUnits]) -> Claim:
+def _by_depth(spaces: Sequence[SpaceFates]) -> Claim:
     """How does it change with depth?"""
     text = "The deeper the space, the less of its features is left."
     threshold = (
-        f"the mean correlation with the models is {APART} lower in the later half of the spaces than in the earlier; "
-        "the last space keeps less than the first"
+        f"the mean correlation with the models is {LEAST_DIFFERENCE} lower in the later half of the spaces than in the "
+        "earlier; the last space keeps less than the first"
     )
     if len(spaces) < 2:
         return unmeasured(text, ["two spaces or more"], threshold)
@@ -110,15 +110,15 @@ def _by_depth(spaces: Sequence[SpaceUnits]) -> Claim:
         f"mean correlation {early:.2f} in the earlier half, {late:.2f} in the later; first {kept[0]:.2f}, "
         f"last {kept[-1]:.2f}"
     )
-    return Claim(text, figure, verdict_of(early - late >= APART, kept[-1] < kept[0]), threshold)
+    return Claim(text, figure, verdict_of(early - late >= LEAST_DIFFERENCE, kept[-1] < kept[0]), threshold)
 
 
-def _by_matching(spaces: Sequence[SpaceUnits]) -> Claim:
+def _by_matching(spaces: Sequence[SpaceFates]) -> Claim:
     """Is it the matching that keeps them?"""
     text = "Matching, not averaging alone, keeps the features."
     threshold = (
-        f"median correlation with the models at least {APART} above that of the average without matching; top inputs "
-        f"in common at least {APART} more"
+        f"median correlation with the models at least {LEAST_DIFFERENCE} above that of the average without matching; "
+        f"top inputs in common at least {LEAST_DIFFERENCE} more"
     )
     known = [space for space in spaces if space.naive is not None]
     if not known:
@@ -126,12 +126,12 @@ def _by_matching(spaces: Sequence[SpaceUnits]) -> Claim:
     matched = float(torch.cat([space.merged.flatten() for space in known]).median())
     plain = float(torch.cat([space.naive.flatten() for space in known if space.naive is not None]).median())
     figure = f"median correlation {matched:.2f} matched, {plain:.2f} not"
-    parts = [matched - plain >= APART]
+    parts = [matched - plain >= LEAST_DIFFERENCE]
     tops = [(s.overlap, s.naive_overlap) for s in known if s.overlap is not None and s.naive_overlap is not None]
     if tops:
         with_it, without = (fmean(float(pair[i].mean()) for pair in tops) for i in (0, 1))
         figure += f"; top inputs in common {with_it:.0%} and {without:.0%}"
-        parts.append(with_it - without >= APART)
+        parts.append(with_it - without >= LEAST_DIFFERENCE)
     return Claim(text, figure, verdict_of(*parts), threshold)
 
 

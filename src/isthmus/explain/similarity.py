@@ -34,8 +34,8 @@ from isthmus.symmetry.transform import LinearMap, flat_indices
 MOMENTS_PRECISION = float(torch.finfo(torch.float32).eps) * math.sqrt(CHUNK)
 
 # Why a layer has no row in the matrix.
-STILL = "its units do not vary on this data"
-ELSEWHERE = "its value has no dimension of the batch in front"
+NO_VARIANCE = "its units do not vary on this data"
+NO_BATCH_DIMENSION = "its value has no dimension of the batch in front"
 
 # The unbiased estimator divides by n − 3.
 FEWEST = 4
@@ -393,9 +393,9 @@ def cka_matrix(
         for state in states:
             found: dict[str, Tensor] = {}
             observers = {node: _kernel_of(found, node, batch.size) for node in nodes}
-            Reader(program_for(symmetry.program.program, batch), observers).read(state, batch.clone())
+            Reader(program_for(symmetry.traced.program, batch), observers).read(state, batch.clone())
             kernels.append(found)
-        skipped |= {nodes[node]: ELSEWHERE for node in nodes if node not in kernels[0]}
+        skipped |= {nodes[node]: NO_BATCH_DIMENSION for node in nodes if node not in kernels[0]}
         if not kernels[0]:
             raise SymmetryError("no layer's value has the batch in front: nothing can be compared")
         x, y = (torch.stack(list(each.values())) for each in kernels)
@@ -408,7 +408,7 @@ def cka_matrix(
     assert isinstance(shared, Tensor)
     names = [name for name in nodes.values() if name not in skipped]
     varies = ((own > 0) & (other > 0)).tolist()
-    skipped |= {name: STILL for name, known in zip(names, varies, strict=True) if not known}
+    skipped |= {name: NO_VARIANCE for name, known in zip(names, varies, strict=True) if not known}
     _require_variance(float(any(varies)))
     values = (shared / torch.outer(own.sqrt(), other.sqrt()))[varies][:, varies]
     layers = tuple(name for name, known in zip(names, varies, strict=True) if known)
@@ -421,7 +421,7 @@ def _layer_nodes(symmetry: Symmetry) -> dict[str, str]:
     Raises:
         SymmetryError: The graph has none.
     """
-    graph = symmetry.program
+    graph = symmetry.traced
     if graph is None or not graph.contractions:
         raise SymmetryError("the graph has no product with a weight: there is no layer to compare")
     nodes: list[fx.Node] = list(graph.program.graph.nodes)

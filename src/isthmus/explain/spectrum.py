@@ -319,7 +319,7 @@ def measure_spectra(
     weights, skipped = weights_of(symmetry, modules[0])
     states = [upcast(model.state_dict()) for model in modules]
     if alignment is not None and alignment.folded:  # folding changes singular values: it belongs to both sides
-        states = [dict(alignment.prepared(state, index)) for index, state in enumerate(states)]
+        states = [dict(alignment.folded_state(state, index)) for index, state in enumerate(states)]
     framed = _carried(states, alignment)
     merged_state = None if merged is None else upcast(as_modules([modules[0], merged])[1].state_dict())
     grams = _input_grams(states[0], symmetry, data, samples, rows, seed) if data is not None else {}
@@ -364,7 +364,7 @@ def with_graph(model: nn.Module, symmetry: Symmetry | None, data: Any) -> Symmet
     if symmetry is None and data is None:
         raise InputError("no symmetry: give symmetry=isthmus.trace(model, inputs), an alignment, or data=")
     found = symmetry_of(model, symmetry, None, data)
-    if found.program is None:
+    if found.graph is None:
         raise InputError(
             "the symmetry has no graph, in which weight matrices are found: trace the model, or give data="
         )
@@ -373,7 +373,7 @@ def with_graph(model: nn.Module, symmetry: Symmetry | None, data: Any) -> Symmet
 
 def weights_of(symmetry: Symmetry, model: nn.Module) -> tuple[list[Weight], dict[str, str]]:
     """Every weight matrix of the graph in the order of its first use, and the other trained tensors with the reason."""
-    graph = symmetry.program
+    graph = symmetry.traced
     nodes: dict[str, fx.Node] = {node.name: node for node in graph.program.graph.nodes}
     order = {name: index for index, name in enumerate(nodes)}
     found: dict[str, Weight] = {}
@@ -404,7 +404,7 @@ def _carried(states: Sequence[State], alignment: Alignment | None) -> list[State
         raise InputError(f"an alignment of {len(alignment)} models: give one of the two models that are compared")
     if alignment.symmetries:
         raise InputError("models of several widths: singular directions are compared between matrices of one size")
-    prepared = [alignment.prepared(state, index) for index, state in enumerate(states)]
+    prepared = [alignment.folded_state(state, index) for index, state in enumerate(states)]
     pairs = zip(prepared, alignment.transforms, strict=True)
     return [move_state(state, transforms, alignment.symmetry, reset_variances=True) for state, transforms in pairs]
 
@@ -549,7 +549,7 @@ def _input_grams(
     totals: dict[str, Tensor] = {}
     seen_rows: dict[str, int] = {}
     for batch in batches:
-        program = program_for(symmetry.program.program, batch)
+        program = program_for(symmetry.traced.program, batch)
         shapes = node_shapes(program)
         seen: dict[str, Tensor] = {}
         observers = {layer.contraction.source: seen_by(seen, layer.contraction.source) for layer in layers}

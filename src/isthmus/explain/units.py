@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from isthmus.data.batches import Batch, first_batch, read_batches
 from isthmus.errors import DataError, InputError
-from isthmus.explain.moves import Move, correlate, deviations, largest_shares
+from isthmus.explain.moves import SlotMap, correlate, deviations, largest_shares
 from isthmus.graph.reader import Reader, program_for
 from isthmus.merging.fold import fold_norm_gains
 from isthmus.observe.collect import check_at, collect
@@ -37,13 +37,13 @@ from isthmus.symmetry.transform import LinearMap
 THRESHOLD = 0.75
 SHARED, LOST = "shared", "lost"
 # Share of a slot's squared weights from which on one unit counts for most of it.
-MOST = 0.5
+DOMINANT_SHARE = 0.5
 # What the merged network and the naive average are called among the networks that are read.
 MERGED, NAIVE = "merged", "naive"
 
 
 @dataclass(frozen=True, eq=False)
-class SpaceUnits:
+class SpaceFates:
     """The units of one space, in the order of the common frame.
 
     Attributes:
@@ -82,13 +82,14 @@ class SpaceUnits:
     naive_overlap: Float[Tensor, "models units"] | None = None
     shuffled_overlap: Float[Tensor, "models units"] | None = None
     responses: Mapping[str, Float[Tensor, "images units"]] = field(default_factory=dict)
-    moves: tuple[Move, ...] = ()
+    moves: tuple[SlotMap, ...] = ()
 
     @property
     def mixes(self) -> bool:
         """Whether linear maps mix the units so that no unit of some model counts for most of a slot, in the median."""
         return any(
-            move.matrix is not None and float(largest_shares(move.matrix).median()) < MOST for move in self.moves
+            move.matrix is not None and float(largest_shares(move.matrix).median()) < DOMINANT_SHARE
+            for move in self.moves
         )
 
     @property
@@ -112,7 +113,7 @@ def _label(correlations: Float[Tensor, "models units"], names: Sequence[str], th
 
 
 @dataclass(frozen=True, eq=False)
-class Units:
+class UnitFates:
     """The units of all spaces.
 
     Attributes:
@@ -122,7 +123,7 @@ class Units:
         images: How many images were read.
     """
 
-    spaces: Mapping[str, SpaceUnits]
+    spaces: Mapping[str, SpaceFates]
     skipped: Mapping[str, str]
     moments: Moments
     images: int
@@ -140,7 +141,7 @@ def measure_units(
     top: int = 9,
     seed: int = 0,
     module: nn.Module | None = None,
-) -> Units:
+) -> UnitFates:
     """What became of every unit that was matched, on data that should not have chosen the matching.
 
     Args:
@@ -188,7 +189,7 @@ def measure_units(
         name: _respond_everywhere(network, symmetry, data, at) for name, network in zip(called, networks, strict=True)
     }
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, SpaceUnits] = {}
+    found: dict[str, SpaceFates] = {}
     skipped: dict[str, str] = {}
     for space in symmetry:
         if space.name not in moments.spaces:
@@ -198,7 +199,7 @@ def measure_units(
         if any(isinstance(transforms[name], LinearMap) for transforms in alignment.transforms for name in held):
             skipped[space.name] = "what stands for its units is a sum of units that a linear map mixes"
             continue
-        moves = [Move.of(transforms, symmetry, space) for transforms in alignment.transforms]
+        moves = [SlotMap.of(transforms, symmetry, space) for transforms in alignment.transforms]
         responses = {name: each[space.name].double() for name, each in answers.items() if space.name in each}
         for name, move in zip(names, moves, strict=True):
             if name in responses:
@@ -206,23 +207,23 @@ def measure_units(
         found[space.name] = _measure_space(
             space, moments[space.name], moves, names, responses, naive is not None, threshold, top, generator
         )
-    return Units(found, skipped, moments, moments.samples)
+    return UnitFates(found, skipped, moments, moments.samples)
 
 
 def _measure_space(
     space: Space,
     moments: SpaceMoments,
-    moves: Sequence[Move],
+    moves: Sequence[SlotMap],
     names: tuple[str, ...],
     responses: Mapping[str, Float[Tensor, "images units"]],
     has_naive: bool,
     threshold: float,
     top: int,
     generator: torch.Generator,
-) -> SpaceUnits:
+) -> SpaceFates:
     """The scores of one space's units."""
     count, units = len(names), space.copies * space.size
-    still = Move(torch.arange(units), None)
+    still = SlotMap(torch.arange(units), None)
     other = _derangement(units, generator)
     pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
     one = torch.ones(units, dtype=torch.float64)
@@ -233,7 +234,7 @@ def _measure_space(
     naive = [correlate(moments, index, still, count + 1, still) for index in range(count)] if has_naive else []
     own = moments.deviation[count]
     theirs = torch.stack([deviations(moments, index, move) for index, move in enumerate(moves)]).mean(dim=0)
-    known = SpaceUnits(
+    known = SpaceFates(
         space=space.name,
         names=names,
         threshold=threshold,
@@ -258,7 +259,7 @@ def _measure_space(
     }
     if has_naive:
         parts["naive_overlap"] = torch.stack([_overlap(best[NAIVE], bare[name]) for name in names])
-    return SpaceUnits(**{**vars(known), **parts, "top": best, "responses": responses})
+    return SpaceFates(**{**vars(known), **parts, "top": best, "responses": responses})
 
 
 def _derangement(units: int, generator: torch.Generator) -> Int[Tensor, " units"]:
@@ -283,7 +284,7 @@ def _respond_everywhere(
     A space that is read at several nodes, such as a residual stream, is read at the last. Spaces at whose node the
     images of a batch lie along no dimension of their own are left out.
     """
-    graph = symmetry.program
+    graph = symmetry.traced
     first, second = (graph.pre, graph.post) if at == "pre" else (graph.post, graph.pre)
     order = {node.name: index for index, node in enumerate(graph.program.graph.nodes)}
     nodes = {
@@ -319,7 +320,7 @@ def _image_dimensions(symmetry: Symmetry, nodes: set[str], batch: Batch) -> dict
     sizes = (batch.size, batch.size - 1) if batch.size > 2 else (2, 1)
     shapes = []
     for size in sizes:
-        program = program_for(symmetry.program.program, batch.head(size))
+        program = program_for(symmetry.traced.program, batch.head(size))
         shapes.append({n.name: tuple(n.meta["val"].shape) for n in program.graph.nodes if n.name in nodes})
     found = {}
     for node in nodes:

@@ -29,7 +29,7 @@ class Sweep:
         self.state = dict(state)
         self.keep = set(keep)
         self.order = {node.name: index for index, node in enumerate(program.graph.nodes)}
-        self.runs = [Run(program_for(program, batch), self.state, batch) for batch in batches]
+        self.runs = [BatchSweep(program_for(program, batch), self.state, batch) for batch in batches]
         self.program = program
         self.position = -1
         self.last_use: dict[str, int] = {}
@@ -70,7 +70,7 @@ class Sweep:
                 run.drop(name)
 
 
-class Run(fx.Interpreter):
+class BatchSweep(fx.Interpreter):
     """One batch's values in a sweep."""
 
     def __init__(self, program: Program, state: Mapping[str, Tensor], batch: Batch) -> None:

@@ -6,7 +6,7 @@ A method is one file with a frozen dataclass, and one line in `methods.py`.
 from isthmus.match.activation_matching import ActivationMatching
 from isthmus.match.aligning import METHODS, align
 from isthmus.match.auto import Auto
-from isthmus.match.base import Match, Problem
+from isthmus.match.base import Match, MatchingProblem
 from isthmus.match.c2m3 import C2M3
 from isthmus.match.cca import CCA
 from isthmus.match.identity import Identity
@@ -30,10 +30,10 @@ __all__ = [
     "Identity",
     "Learned",
     "Match",
+    "MatchingProblem",
     "MuDSC",
     "OTFusion",
     "OrthogonalMatching",
-    "Problem",
     "Procrustes",
     "Sinkhorn",
     "StraightThrough",

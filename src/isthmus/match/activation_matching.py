@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from isthmus.errors import InputError
-from isthmus.match.base import Problem
+from isthmus.match.base import MatchingProblem
 from isthmus.match.nested import family_of, paired_value, roots_of, solve_family
 from isthmus.match.pairwise import Pair, all_to_one, check_reference
 from isthmus.symmetry.alignment import Alignment
@@ -47,7 +47,7 @@ class ActivationMatching:
             raise InputError(f"similarity={self.similarity!r}: use 'correlation' or 'covariance'")
         check_reference(self.reference)
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment of every model to the reference; the objective is the summed similarity of all pairs.
 
         Raises:

@@ -9,7 +9,7 @@ from isthmus.data.batches import Batch, check_data
 from isthmus.errors import InputError
 from isthmus.graph.capture import Program
 from isthmus.match.auto import Auto
-from isthmus.match.base import Match, Problem, solve
+from isthmus.match.base import Match, MatchingProblem, match_folded
 from isthmus.match.methods import CANDIDATES
 from isthmus.observe.given import as_modules, as_own_modules, differ_in_width, symmetry_of
 from isthmus.registry import configure
@@ -59,10 +59,10 @@ def align(
         check_data(data)
     unequal = models and module is None and getattr(configured, "resizes", False) and differ_in_width(models)
     modules = as_own_modules(models) if unequal else as_modules(models, module)
-    Problem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
+    MatchingProblem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
     symmetry = symmetry_of(modules[0], symmetry, inputs, data)
     symmetries = _trace_counterparts(modules, symmetry) if unequal else ()
-    return solve(configured, Problem(modules, symmetry, data, seed, symmetries))
+    return match_folded(configured, MatchingProblem(modules, symmetry, data, seed, symmetries))
 
 
 def _trace_counterparts(models: Sequence[nn.Module], symmetry: Symmetry) -> tuple[Symmetry, ...]:
@@ -72,9 +72,9 @@ def _trace_counterparts(models: Sequence[nn.Module], symmetry: Symmetry) -> tupl
         InputError: The first model's symmetry has no graph, and so no example inputs.
         SymmetryError: A model's spaces do not correspond to those of the first.
     """
-    if symmetry.program is None:
+    if symmetry.graph is None:
         raise InputError("models of several widths are traced one by one: give inputs=(x,), or data=")
-    program: Program = symmetry.program.program
+    program: Program = symmetry.traced.program
     found = [symmetry]
     for index, model in enumerate(models[1:], start=1):
         own = first_float(model.state_dict())

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from isthmus.data.batches import is_labelled, split_batches
 from isthmus.errors import InputError, IsthmusError
-from isthmus.match.base import Match, Problem, solve
+from isthmus.match.base import Match, MatchingProblem, match_folded
 from isthmus.match.coordinate_ascent import total_value
 from isthmus.match.held_out import judge_by
 from isthmus.match.identity import Identity
@@ -74,7 +74,7 @@ class Auto:
             raise InputError(f"candidates={list(names)}: name one method or more, other than {self.name!r}")
         return [configure("matching method", name, CANDIDATES) for name in names]
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment by the chosen method; its details hold every candidate's score and the reason.
 
         Raises:
@@ -93,7 +93,7 @@ class Auto:
             fitting, held = split_batches(problem.data, self.held_out)
         scores: dict[str, float] = {}
         left_out: dict[str, str] = {}
-        part = Problem(problem.models, problem.symmetry, fitting, problem.seed)
+        part = MatchingProblem(problem.models, problem.symmetry, fitting, problem.seed)
         if held is None:
             judge, criterion = partial(_disagreement, problem), "negative inner product of the moved weights"
         else:
@@ -104,14 +104,14 @@ class Auto:
                 left_out[method.name] = f"needs {method.needs}"
                 continue
             try:
-                scores[method.name] = judge(solve(method, part))
+                scores[method.name] = judge(match_folded(method, part))
             except IsthmusError as error:
                 left_out[method.name] = str(error)
         finite = {name: score for name, score in scores.items() if math.isfinite(score)}
         if not finite:
             raise InputError(f"no candidate can be used here: {'; '.join(f'{k}: {v}' for k, v in left_out.items())}")
         chosen = min(finite, key=lambda name: finite[name])
-        found = solve(next(method for method in methods if method.name == chosen), problem)
+        found = match_folded(next(method for method in methods if method.name == chosen), problem)
         ranked = dict(sorted(scores.items(), key=lambda item: item[1]))
         return replace(
             found,
@@ -127,7 +127,7 @@ class Auto:
         )
 
 
-def _disagreement(problem: Problem, alignment: Alignment) -> float:
+def _disagreement(problem: MatchingProblem, alignment: Alignment) -> float:
     """The negative inner product of the moved weights, summed over pairs of models; infinite after linear maps."""
     if not alignment.is_exact:
         return math.inf

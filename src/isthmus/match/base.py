@@ -19,7 +19,7 @@ from isthmus.symmetry.transform import Permutation, Transform
 
 
 @dataclass(eq=False)
-class Problem:
+class MatchingProblem:
     """Models to align, and what a method may use to do it.
 
     Attributes:
@@ -99,7 +99,8 @@ class Match(Protocol):
         name: The method's name in `METHODS`.
         exact: Whether all its transforms are permutations, so that every moved model keeps its function.
         folds: Whether it may use linear maps, so that norms' gains are folded first; `not exact` where it is left out.
-        resizes: Whether it also aligns models of several widths (`Problem.symmetries`); False where it is left out.
+        resizes: Whether it also aligns models of several widths (`MatchingProblem.symmetries`); False where it is
+            left out.
         needs: What it needs beside the weights, which may depend on its options: `""`, `"data"` (batches; targets are
             not used) or `"labels"` (batches with targets).
     """
@@ -112,7 +113,7 @@ class Match(Protocol):
         """What the method needs beside the weights."""
         ...
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment of all models of the problem; model 0 does not move unless the method says otherwise."""
         ...
 
@@ -122,7 +123,7 @@ def folds(method: Match) -> bool:
     return bool(getattr(method, "folds", not method.exact))
 
 
-def solve(method: Match, problem: Problem) -> Alignment:
+def match_folded(method: Match, problem: MatchingProblem) -> Alignment:
     """The alignment by a method; where it may use linear maps, it sees models whose norms' gains are folded.
 
     A gain of each unit commutes with permutations alone. Folded, it leaves a space the group that it claims; an
@@ -134,7 +135,7 @@ def solve(method: Match, problem: Problem) -> Alignment:
     if not folds(method) or not has_diagonal_sites(problem.symmetry):
         return method(problem)
     models = [fold_norm_gains(model, problem.own_symmetry(index)) for index, model in enumerate(problem.models)]
-    folded = Problem(models, problem.symmetry, problem.data, problem.seed, problem.symmetries)
+    folded = MatchingProblem(models, problem.symmetry, problem.data, problem.seed, problem.symmetries)
     found = method(folded)
     return found if found.is_exact else replace(found, folded=True)
 

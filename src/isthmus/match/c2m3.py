@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 
 from isthmus.errors import InputError
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import descend, merge_many, total_value
 from isthmus.match.nested import family_of
 from isthmus.match.relaxed_objective import Point, RelaxedObjective, mix
@@ -83,7 +83,7 @@ class C2M3:
         if self.frame not in FRAMES:
             raise InputError(f"frame={self.frame!r}: use one of {', '.join(FRAMES)}")
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the inner product of the moved weights, summed over pairs of models."""
         start = time.perf_counter()
         symmetry, count = problem.symmetry, len(problem.models)
@@ -218,7 +218,7 @@ def _highest(coefficients: Float[np.ndarray, " coefficients"]) -> float:
 
 
 def _polish(
-    problem: Problem, transforms: Sequence[dict[str, Transform]], restart: int
+    problem: MatchingProblem, transforms: Sequence[dict[str, Transform]], restart: int
 ) -> tuple[list[dict[str, Transform]], bool]:
     """Coordinate descent from permutations of every model, and whether it ended by itself."""
     if len(transforms) > 2:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isthmus.data.batches import Batch, split_batches
 from isthmus.errors import DataError, InputError
-from isthmus.match.base import Problem
+from isthmus.match.base import MatchingProblem
 from isthmus.match.held_out import judge_by
 from isthmus.match.linear_maps import map_spaces
 from isthmus.match.pairwise import Pair, all_to_one, check_reference
@@ -74,7 +74,7 @@ class CCA:
             raise InputError(f"at={self.at!r}: activations are read at 'post' or 'pre'")
         check_reference(self.reference)
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the summed canonical correlations.
 
         Raises:
@@ -103,7 +103,7 @@ class CCA:
         }
         return replace(found, details=dict(found.details) | details)
 
-    def _align(self, problem: Problem, moments: Moments, gamma: float) -> Alignment:
+    def _align(self, problem: MatchingProblem, moments: Moments, gamma: float) -> Alignment:
         """The alignment with one ridge."""
         if gamma == 0:
             _check_samples(moments)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from isthmus.match.assignment import solve_laps
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.nested import family_of, paired_value, solve_family
 from isthmus.match.weight_objective import Spectra, WeightObjective
 from isthmus.state import State
@@ -15,7 +15,7 @@ from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import Permutation, Transform, compose, move_state
 
 # A step counts as progress if it raises the objective by more than this share of it; less is float32 rounding.
-GAIN = 1e-6
+LEAST_RISE = 1e-6
 
 
 def best_of_starts(
@@ -73,7 +73,7 @@ def improve_family(objective: WeightObjective, root: Space, transforms: dict[str
     if not objective.is_coupled(root):
         before = paired_value(symmetry, root, similarities, transforms)
         after = paired_value(symmetry, root, similarities, proposed)
-        accepted = after - before > GAIN * max(abs(before), abs(after))
+        accepted = after - before > LEAST_RISE * max(abs(before), abs(after))
         if accepted:
             transforms |= proposed
         return accepted
@@ -95,14 +95,14 @@ def _improve_coupled(
         reached = objective.value(candidate, root)
         if reached > value:
             best, value = candidate, reached
-    if value - before > GAIN * max(abs(before), abs(value)):
+    if value - before > LEAST_RISE * max(abs(before), abs(value)):
         transforms.update(best)
         return True
     return False
 
 
 def merge_many(
-    problem: Problem, transforms: Sequence[dict[str, Transform]], max_rounds: int
+    problem: MatchingProblem, transforms: Sequence[dict[str, Transform]], max_rounds: int
 ) -> tuple[list[dict[str, Transform]], int, bool]:
     """Matches each model in turn to the mean of the others, until the summed inner product stops rising.
 
@@ -121,7 +121,7 @@ def merge_many(
             start = identity_transforms(symmetry)
             step, _ = descend(objective, start, max_rounds, rng)
             before, after = objective.value(start), objective.value(step)
-            if after - before > GAIN * max(abs(before), abs(after)):
+            if after - before > LEAST_RISE * max(abs(before), abs(after)):
                 transforms[index] = compose(step, transforms[index], symmetry)
                 moved[index] = move_state(problem.states[index], transforms[index], symmetry)
                 improved = True
@@ -135,7 +135,7 @@ def _mean_of(states: Sequence[State], parameters: frozenset[str]) -> State:
     return {name: torch.stack([state[name].float() for state in states]).mean(dim=0) for name in parameters}
 
 
-def total_value(problem: Problem, transforms: Sequence[dict[str, Transform]]) -> tuple[float, float]:
+def total_value(problem: MatchingProblem, transforms: Sequence[dict[str, Transform]]) -> tuple[float, float]:
     """The objective and its upper bound, summed over all pairs of models."""
     value = bound = 0.0
     states = problem.states

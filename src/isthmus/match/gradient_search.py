@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from isthmus.data.batches import Batch, split_batches
 from isthmus.errors import DataError, InputError, ModelError
-from isthmus.match.base import Problem
+from isthmus.match.base import MatchingProblem
 from isthmus.observe.running_statistics import normalisation_layers
 from isthmus.observe.score import IGNORED, are_classes, class_scores, cross_entropy
 from isthmus.progress import progress
@@ -45,7 +45,7 @@ class TaskLoss:
         DataError: No labelled data, a single batch, or no target that counts.
     """
 
-    def __init__(self, problem: Problem, batch: int) -> None:
+    def __init__(self, problem: MatchingProblem, batch: int) -> None:
         problem.require("labels", "a search by the task loss")
         self.symmetry = problem.symmetry
         self.states = working_states(problem)
@@ -131,7 +131,7 @@ class Stream:
         return self.all[self.order.pop()]
 
 
-def working_states(problem: Problem) -> list[dict[str, Tensor]]:
+def working_states(problem: MatchingProblem) -> list[dict[str, Tensor]]:
     """Every model's parameters and persistent buffers under their first names, in one precision of float32 at least.
 
     Integer buffers are those of the first model.

@@ -8,7 +8,7 @@ from torch import nn
 
 from isthmus.data.batches import Batch, is_labelled, read_batches
 from isthmus.errors import DataError, ModelError
-from isthmus.match.base import Problem
+from isthmus.match.base import MatchingProblem
 from isthmus.merging.merge import merge
 from isthmus.merging.repair import repair
 from isthmus.observe.running_statistics import normalisation_layers
@@ -17,7 +17,7 @@ from isthmus.state import first_float
 from isthmus.symmetry.alignment import Alignment
 
 
-def judge_by(problem: Problem, fitting: Any, held: Any) -> tuple[Callable[[Alignment], float], str]:
+def judge_by(problem: MatchingProblem, fitting: Any, held: Any) -> tuple[Callable[[Alignment], float], str]:
     """How an alignment is scored, lower is better, and the criterion's name.
 
     The models are averaged in its frame and BatchNorm statistics reset on the fitting part.

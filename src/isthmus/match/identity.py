@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.symmetry.alignment import Alignment
 
 
@@ -19,7 +19,7 @@ class Identity:
         """Nothing but the weights."""
         return ""
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment that moves nothing."""
         transforms = tuple(identity_transforms(problem.symmetry) for _ in problem.models)
         return Alignment(problem.symmetry, transforms, method=self.name)

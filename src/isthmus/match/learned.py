@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isthmus.errors import InputError
 from isthmus.match.assignment import solve_laps
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import best_of_starts
 from isthmus.match.gradient_search import (
     TaskLoss,
@@ -96,7 +96,7 @@ class Learned:
         check_search(1.0 if self.learning_rate is None else self.learning_rate, self.steps, self.budget, self.batch)
         check_reference(self.reference)
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the negative loss of the kept maps, summed over pairs.
 
         Raises:
@@ -113,7 +113,7 @@ class Learned:
 
         return all_to_one(problem, self.name, match_pair, self.reference)
 
-    def match(self, problem: Problem, task: TaskLoss, fixed: State, moved: State) -> Pair:
+    def match(self, problem: MatchingProblem, task: TaskLoss, fixed: State, moved: State) -> Pair:
         """The maps that carry the second state into the frame of the first."""
         symmetry, names = problem.symmetry, problem.parameters
         start, _, _ = best_of_starts(WeightObjective(symmetry, fixed, moved, names), 3, 100, problem.seed)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.match.base import Problem
+from isthmus.match.base import MatchingProblem
 from isthmus.match.nested import family_of, roots_of, solve_family
 from isthmus.match.pairwise import Pair
 from isthmus.observe.moments import Moments, SpaceMoments
@@ -19,7 +19,7 @@ Solver = Callable[
 ]
 
 
-def map_spaces(problem: Problem, moments: Moments, fixed: int, moved: int, solve: Solver) -> Pair:
+def map_spaces(problem: MatchingProblem, moments: Moments, fixed: int, moved: int, solve: Solver) -> Pair:
     """A linear map for every space that stands alone; permutations, by correlation, for nested families.
 
     Where units hold other units, or a space is held in copies, no single basis is there for a linear map to act in.

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from isthmus.errors import InputError
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.nested import family_of, solve_family
 from isthmus.match.pairwise import Pair, all_to_one, check_reference
 from isthmus.match.weight_objective import WeightObjective
@@ -58,7 +58,7 @@ class MuDSC:
             raise InputError(f"max_sweeps={self.max_sweeps}: give at least 1")
         check_reference(self.reference)
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the inner product of the moved weights.
 
         Raises:
@@ -73,7 +73,7 @@ class MuDSC:
 
         return all_to_one(problem, self.name, match_pair, self.reference)
 
-    def _sweep(self, problem: Problem, moments: Moments, fixed: int, moved: int) -> Pair:
+    def _sweep(self, problem: MatchingProblem, moments: Moments, fixed: int, moved: int) -> Pair:
         symmetry = problem.symmetry
         objective = WeightObjective(symmetry, problem.states[fixed], problem.states[moved], problem.parameters)
         transforms = identity_transforms(symmetry)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import InputError
 from isthmus.match.assignment import assignment_value, solve_lap, solve_laps
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import ascend, best_of_starts
 from isthmus.match.nested import Similarity, as_blocks, assignment_values, family_of, roots_of
 from isthmus.match.pairwise import Pair, all_to_one, check_reference
@@ -28,7 +28,7 @@ from isthmus.symmetry.transform import LinearMap, Permutation, Transform, Transf
 
 # A step counts as progress if it raises the objective by more than this share of it; less is float64 rounding of sums
 # over 10⁸ weights.
-GAIN = 1e-9
+LEAST_RISE = 1e-9
 
 # Directions in which a model's weights are smaller than this share of the largest are not stretched any further.
 FLATTEST = 1e-6
@@ -92,7 +92,7 @@ class OrthogonalMatching:
                 "max_sweeps=0 is for start='activations'"
             )
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the inner product of the moved weights, summed over models and reference.
 
         Raises:
@@ -114,7 +114,9 @@ class OrthogonalMatching:
         read = problem
         if balanced and self.start == "activations":
             pairs = zip(problem.models, states, strict=True)
-            read = Problem([_holding(model, state) for model, state in pairs], symmetry, problem.data, problem.seed)
+            read = MatchingProblem(
+                [_holding(model, state) for model, state in pairs], symmetry, problem.data, problem.seed
+            )
 
         def match_pair(fixed: int, moved: int) -> Pair:
             objective = WeightObjective(symmetry, states[fixed], states[moved], names, torch.float64)
@@ -175,7 +177,7 @@ def _forward_start(objective: WeightObjective) -> dict[str, Transform]:
     return transforms
 
 
-def _activation_start(problem: Problem, fixed: int, moved: int) -> dict[str, Transform]:
+def _activation_start(problem: MatchingProblem, fixed: int, moved: int) -> dict[str, Transform]:
     """Of every space the map of its group that brings one model's activations nearest to another's, in least squares.
 
     Raises:
@@ -226,7 +228,7 @@ def _improve_family(objective: WeightObjective, root: Space, transforms: dict[st
     else:
         before = _family_value(symmetry, root, similarities, transforms)
         reached, best = _family_value(symmetry, root, similarities, proposed), proposed
-    if reached - before > GAIN * max(abs(before), abs(reached)):
+    if reached - before > LEAST_RISE * max(abs(before), abs(reached)):
         transforms.update(best)
         return True
     return False

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isthmus.errors import InputError, SymmetryError
 from isthmus.match.assignment import solve_lap
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import improve_family
 from isthmus.match.nested import family_of, roots_of, solve_family
 from isthmus.match.pairwise import Pair, all_to_one, check_reference
@@ -94,7 +94,7 @@ class OTFusion:
             raise InputError(f"passes={self.passes}: give at least 1")
         check_reference(self.reference)
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment of every model to the reference; its objective is the negative cost of transport.
 
         Families of nested spaces do not count in it.
@@ -110,7 +110,7 @@ class OTFusion:
         found = all_to_one(problem, self.name, lambda a, b: match_pair(problem, a, b), self.reference)
         return Alignment(**{**vars(found), "symmetries": tuple(problem.symmetries)})
 
-    def _by_activations(self, problem: Problem, fixed: int, moved: int) -> Pair:
+    def _by_activations(self, problem: MatchingProblem, fixed: int, moved: int) -> Pair:
         symmetry = problem.symmetry
         result = Transport(self)
         for root in roots_of(symmetry):
@@ -121,7 +121,7 @@ class OTFusion:
                 result.permute(symmetry, root, {name: -cost for name, cost in costs.items()})
         return result.pair()
 
-    def _by_weights(self, problem: Problem, fixed: int, moved: int) -> Pair:
+    def _by_weights(self, problem: MatchingProblem, fixed: int, moved: int) -> Pair:
         symmetry = problem.symmetry
         nested = [space for space in roots_of(symmetry) if not _stands_alone(symmetry, space)]
         if nested and problem.symmetries:
@@ -187,7 +187,7 @@ def _leaves(symmetry: Symmetry, root: Space) -> list[Space]:
     return [space for space in family_of(symmetry, root) if not symmetry.children(space)]
 
 
-def _activation_cost(problem: Problem, space: Space, at: str, fixed: int, moved: int) -> Cost:
+def _activation_cost(problem: MatchingProblem, space: Space, at: str, fixed: int, moved: int) -> Cost:
     """Mean squared difference of every unit of one model and every unit of another."""
     if problem.symmetries:
         joint = problem.joint_moments(at)
@@ -233,7 +233,7 @@ class ProducerWeights:
     places: Mapping[str, list[tuple[Space, Site, Site]]]
 
     @staticmethod
-    def of(problem: Problem, fixed: int, moved: int) -> "ProducerWeights":
+    def of(problem: MatchingProblem, fixed: int, moved: int) -> "ProducerWeights":
         """The trained tensors of two models that some space touches, in float64."""
         both = (problem.own_symmetry(fixed).sites, problem.own_symmetry(moved).sites)
         places = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isthmus.errors import InputError
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.observe.score import evaluate
 from isthmus.progress import progress
 from isthmus.symmetry.alignment import Alignment
@@ -45,7 +45,7 @@ def check_reference(reference: str) -> None:
 
 
 def all_to_one(
-    problem: Problem, name: str, match_pair: Callable[[int, int], Pair], reference: str = "first"
+    problem: MatchingProblem, name: str, match_pair: Callable[[int, int], Pair], reference: str = "first"
 ) -> Alignment:
     """Every model matched on its own to one reference, whose frame is the common one.
 

@@ -9,7 +9,7 @@ STEADY = 1e-9
 
 
 # Units whose variance is below this share of the largest never vary.
-DEAD = 1e-12
+DEAD_VARIANCE_SHARE = 1e-12
 
 
 def polar_factor(
@@ -24,7 +24,7 @@ def polar_factor(
         own: Variances of the first model's units.
         other: Variances of the second model's units.
     """
-    orders = [torch.argsort((v <= DEAD * v.max()).int(), stable=True) for v in (own, other)]
+    orders = [torch.argsort((v <= DEAD_VARIANCE_SHARE * v.max()).int(), stable=True) for v in (own, other)]
     facing = torch.zeros_like(matrix)
     facing[orders[0], orders[1]] = 1
     left, values, right = torch.linalg.svd(matrix + STEADY * torch.linalg.matrix_norm(matrix, ord="fro") * facing)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.errors import InputError
-from isthmus.match.base import Problem
+from isthmus.match.base import MatchingProblem
 from isthmus.match.linear_maps import map_spaces
 from isthmus.match.pairwise import Pair, all_to_one, check_reference
 from isthmus.match.polar import polar_factor
@@ -46,7 +46,7 @@ class Procrustes:
             raise InputError(f"at={self.at!r}: activations are read at 'post' or 'pre'")
         check_reference(self.reference)
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the summed singular values, the covariance that the rotations reach.
 
         Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isthmus.errors import InputError
 from isthmus.match.assignment import solve_laps
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import best_of_starts
 from isthmus.match.gradient_search import (
     TaskLoss,
@@ -96,7 +96,7 @@ class Sinkhorn:
         if self.start not in STARTS:
             raise InputError(f"start={self.start!r}: use one of {', '.join(STARTS)}")
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the negative loss of the kept permutations, summed over pairs.
 
         Raises:
@@ -114,7 +114,7 @@ class Sinkhorn:
 
         return all_to_one(problem, self.name, match_pair, self.reference)
 
-    def match(self, problem: Problem, fixed: State, moved: State, task: TaskLoss | None) -> Pair:
+    def match(self, problem: MatchingProblem, fixed: State, moved: State, task: TaskLoss | None) -> Pair:
         """The permutations that carry the second state into the frame of the first."""
         symmetry, names = problem.symmetry, problem.parameters
         start = identity_transforms(symmetry)

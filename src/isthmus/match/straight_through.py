@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import InputError
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import descend
 from isthmus.match.gradient_search import TaskLoss, check_search, combine, follow, gradients_of, search
 from isthmus.match.weight_matching import WeightMatching
@@ -69,7 +69,7 @@ class StraightThrough:
         if self.start not in STARTS:
             raise InputError(f"start={self.start!r}: use one of {', '.join(STARTS)}")
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the negative loss of the models' mean on the held-out batches.
 
         Raises:
@@ -119,7 +119,7 @@ class Walk:
     """
 
     def __init__(
-        self, problem: Problem, task: TaskLoss, start: Sequence[dict[str, Transform]], learning_rate: float
+        self, problem: MatchingProblem, task: TaskLoss, start: Sequence[dict[str, Transform]], learning_rate: float
     ) -> None:
         self.symmetry, self.parameters, self.task = problem.symmetry, problem.parameters, task
         self.transforms = [dict(each) for each in start]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isthmus.errors import InputError
 from isthmus.match.activation_matching import ActivationMatching
-from isthmus.match.base import Match, Problem
+from isthmus.match.base import Match, MatchingProblem
 from isthmus.match.pairwise import check_reference
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.observe.layers import Layer, folded, layers_of
@@ -91,7 +91,7 @@ class SubsetSelection:
             raise InputError(f"at={self.at!r}: activations are read at 'post' or 'pre'")
         check_reference(self.reference)
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the mean share, over spaces, of the next layers' inputs that is explained.
 
         Raises:
@@ -131,7 +131,7 @@ class SubsetSelection:
         )
 
 
-def _select_spaces(problem: Problem, paired: Alignment, moments: Moments) -> dict[str, Selection]:
+def _select_spaces(problem: MatchingProblem, paired: Alignment, moments: Moments) -> dict[str, Selection]:
     """The chosen units of every space that stands alone, last spaces first; in the models' own order of units."""
     symmetry = problem.symmetry
     layers = {layer.contraction.weight: layer for layer in layers_of(symmetry)}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from isthmus.errors import InputError
-from isthmus.match.base import Problem
+from isthmus.match.base import MatchingProblem
 from isthmus.match.coordinate_ascent import best_of_starts, merge_many, total_value
 from isthmus.match.pairwise import Pair, all_to_one, check_reference
 from isthmus.match.weight_objective import WeightObjective
@@ -54,7 +54,7 @@ class WeightMatching:
         if self.many == "merge_many" and self.reference != "first":
             raise InputError(f"reference={self.reference!r}: merge_many has none; use many='all_to_one' with it")
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the inner product of the moved weights, summed over pairs of models."""
         start = time.perf_counter()
         symmetry, states = problem.symmetry, problem.states

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 
 from isthmus.errors import InputError
-from isthmus.match.base import Problem, identity_transforms
+from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.nested import family_of, paired_value, roots_of, solve_family
 from isthmus.observe.moments import Moments, SpaceMoments
 from isthmus.progress import progress
@@ -85,7 +85,7 @@ class ZipIt:
             if not (math.isfinite(value) and 0 <= value <= 1):
                 raise InputError(f"{option}={value}: give a share between 0 and 1")
 
-    def __call__(self, problem: Problem) -> Alignment:
+    def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment of all models at once; its objective is the summed similarity of all merged pairs.
 
         Raises:

@@ -24,7 +24,7 @@ def fold_batch_norms(model: nn.Module, symmetry: Symmetry) -> nn.Module:
     Raises:
         ModelError: A layer has no place for a bias, or the symmetry holds no graph.
     """
-    if symmetry.program is None:
+    if symmetry.graph is None:
         raise ModelError("the symmetry was loaded without its graph: trace the model again")
     result = copy.deepcopy(model).eval()
     state = model.state_dict()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.average import AVERAGES
-from isthmus.average.base import Aligned, Average
-from isthmus.average.coefficients import Given, check_coefficients
+from isthmus.average.base import Average, AveragingProblem
+from isthmus.average.coefficients import CoefficientsLike, check_coefficients
 from isthmus.errors import DataError, InputError
 from isthmus.graph.capture import tied_names
 from isthmus.merging.fold import fold_norm_gains
@@ -27,7 +27,7 @@ def merge(
     models: Sequence[nn.Module | Mapping[str, Tensor]],
     alignment: Alignment | None = None,
     average: str | Average = "mean",
-    coefficients: Given = None,
+    coefficients: CoefficientsLike = None,
     data: Any = None,
     base: nn.Module | Mapping[str, Tensor] | None = None,
     seed: int = 0,
@@ -80,7 +80,7 @@ def merge(
         raise InputError(
             f"{configured.name} runs the models side by side, and these are of several widths: use average='mean'"
         )
-    architecture = modules[alignment.frame if alignment is not None else 0]
+    architecture = modules[alignment.frame_model if alignment is not None else 0]
     if alignment is not None and alignment.folded:
         modules = [fold_norm_gains(model, alignment.own_symmetry(index)) for index, model in enumerate(modules)]
     weights = check_coefficients(coefficients, len(modules), modules[0].state_dict())
@@ -95,7 +95,7 @@ def merge(
     base_state = None if base is None else upcast(as_modules([base], architecture)[0].state_dict())
     if base_state is not None and alignment is not None and alignment.folded:
         base_state = fold_state(base_state, alignment.symmetry)
-    aligned = Aligned(states, weights, architecture, data, base_state, seed, modules, alignment)
+    aligned = AveragingProblem(states, weights, architecture, data, base_state, seed, modules, alignment)
     merged = configured(aligned)
     # A tied tensor has several names, and the averages answer for its first: loading them all, the last would count.
     merged |= {alias: merged[name] for alias, name in tied_names(architecture).items() if name in merged}

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from isthmus.average.coefficients import Given, check_coefficients
+from isthmus.average.coefficients import CoefficientsLike, check_coefficients
 from isthmus.data.batches import Batch, check_data, read_batches
 from isthmus.errors import InputError, ModelError, TransformError
 from isthmus.graph.capture import Program
@@ -32,7 +32,7 @@ from isthmus.symmetry.transform import move_state
 REPAIRS = ("reset", "repair")
 
 # Standard deviations below this share of the largest are taken for units that never vary; they are only shifted.
-DEAD = 1e-6
+DEAD_DEVIATION_SHARE = 1e-6
 
 
 def repair(
@@ -42,7 +42,7 @@ def repair(
     *,
     parents: Sequence[nn.Module | Mapping[str, Tensor]] | None = None,
     alignment: Alignment | None = None,
-    coefficients: Given = None,
+    coefficients: CoefficientsLike = None,
 ) -> nn.Module:
     """A new module with the statistics of the merged one mended on training data (no labels are used).
 
@@ -113,7 +113,7 @@ def _rescale(
     data: Any,
     parents: Sequence[nn.Module],
     alignment: Alignment | None,
-    coefficients: Given,
+    coefficients: CoefficientsLike,
 ) -> nn.Module:
     """REPAIR: every hidden pre-activation gets the interpolated mean and standard deviation of its parents.
 
@@ -137,7 +137,7 @@ def _rescale(
     for index, parent in enumerate(parents):
         state: Mapping[str, Tensor] = parent.state_dict()
         if alignment is not None:
-            state = move_state(alignment.prepared(state, index), alignment.transforms[index], symmetry)
+            state = move_state(alignment.folded_state(state, index), alignment.transforms[index], symmetry)
         measured = Statistics(points)
         _run(symmetry, state, data, measured, "measuring a parent")
         for point in points:
@@ -147,7 +147,7 @@ def _rescale(
             deviations[point.node] = deviations.get(point.node, 0.0) + weight * deviation
     own = Statistics(points, {p.node: (means[p.node], deviations[p.node]) for p in points})
     _run(symmetry, mended.state_dict(), data, own, "rescaling")
-    _fold(mended, points, own, means, deviations)
+    _write_rescaling(mended, points, own, means, deviations)
     # Rescaled BatchNorms make up for what changed before them; all others are measured behind it.
     rescaled = {point.weight for point in points}
     layers = set(normalisation_layers(mended))
@@ -161,7 +161,7 @@ def _rescaling_points(symmetry: Symmetry) -> list[Point]:
 
     A product that only a BatchNorm reads is left out, since that normalises it anyway.
     """
-    graph = symmetry.program
+    graph = symmetry.traced
     carriers = graph.activations
     normalised = {norm.source for norm in graph.batch_norms}
     users = {node.name: len(node.users) for node in graph.program.graph.nodes}
@@ -221,13 +221,13 @@ class Statistics:
 
 def _scale_between(deviation: Tensor, target: Tensor) -> Tensor:
     """The factor that turns one standard deviation into another; 1 for units that never vary."""
-    alive = deviation > DEAD * deviation.max().clamp_min(torch.finfo(torch.float64).tiny)
+    alive = deviation > DEAD_DEVIATION_SHARE * deviation.max().clamp_min(torch.finfo(torch.float64).tiny)
     return torch.where(alive, target / deviation.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
 
 
 def _run(symmetry: Symmetry, state: Mapping[str, Tensor], data: Any, statistics: Statistics, what: str) -> None:
     """Runs the graph on all data with `statistics` watching."""
-    program: Program = symmetry.program.program
+    program: Program = symmetry.traced.program
     reference = first_float(state)
     for batch in progress(read_batches(data), what, data):
         batch: Batch = batch.to(reference.device, reference.dtype)
@@ -240,7 +240,7 @@ def _watching(statistics: Statistics, node: str) -> Any:
     return lambda value: statistics.observe(node, value)
 
 
-def _fold(
+def _write_rescaling(
     model: nn.Module,
     points: Sequence[Point],
     measured: Statistics,

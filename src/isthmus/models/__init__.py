@@ -8,7 +8,7 @@ from torch import nn
 
 from isthmus.errors import ModelError
 from isthmus.models import exported, from_timm, from_torchvision, hugging_face
-from isthmus.models.factory import build, current_folder_importable, find_factory, parse_arguments
+from isthmus.models.factory import build_from_factory, current_folder_importable, find_factory, parse_arguments
 from isthmus.models.gpt import GPT
 from isthmus.models.mlp import MLP
 from isthmus.models.resnet import ResNet20
@@ -47,10 +47,10 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
 
 # Libraries and files that networks come from, by the prefix of their names.
 SOURCES: dict[str, Callable[..., nn.Module]] = {
-    "hf": hugging_face.build,
-    "pt2": exported.build,
-    "timm": from_timm.build,
-    "torchvision": from_torchvision.build,
+    "hf": hugging_face.build_from_folder,
+    "pt2": exported.build_from_program,
+    "timm": from_timm.build_from_timm,
+    "torchvision": from_torchvision.build_from_torchvision,
 }
 PATHS = ("hf", "pt2")  # of these the name is a path
 
@@ -86,9 +86,9 @@ def load_model(spec: str) -> nn.Module:
                 f"model {spec!r}: no network {name!r} in the zoo{did_you_mean(name, ZOO)}; it has {', '.join(ZOO)}, "
                 "and others are named package.module:factory, hf:DIRECTORY, timm:NAME, torchvision:NAME or FILE.pt2"
             )
-        return build(spec, ZOO[name], arguments)
+        return build_from_factory(spec, ZOO[name], arguments)
     with current_folder_importable():
-        return build(spec, find_factory(spec, prefix, name), arguments)
+        return build_from_factory(spec, find_factory(spec, prefix, name), arguments)
 
 
 def parse_spec(spec: str) -> tuple[str, str, str]:

@@ -53,7 +53,7 @@ def find_factory(spec: str, module_name: str, name: str) -> Callable[..., object
     return factory
 
 
-def build(spec: str, factory: Callable[..., object], arguments: Mapping[str, Any]) -> nn.Module:
+def build_from_factory(spec: str, factory: Callable[..., object], arguments: Mapping[str, Any]) -> nn.Module:
     """Returns what a factory makes of arguments that were checked against its signature first.
 
     Raises:

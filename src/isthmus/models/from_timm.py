@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 from isthmus.errors import ModelError
-from isthmus.models.factory import build as build_from
+from isthmus.models.factory import build_from_factory as build_from
 from isthmus.models.factory import not_installed, one_line
 from isthmus.models.from_torchvision import import_torchvision
 from isthmus.registry import did_you_mean
 
 
-def build(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def build_from_timm(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Returns `timm.create_model(name, pretrained=False, **arguments)`, which also states its images' shape.
 
     Raises:

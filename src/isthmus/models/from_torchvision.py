@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from isthmus.errors import ModelError
-from isthmus.models.factory import build as build_from
+from isthmus.models.factory import build_from_factory as build_from
 from isthmus.models.factory import not_installed, one_line
 from isthmus.registry import did_you_mean
 
@@ -37,7 +37,7 @@ def import_torchvision() -> Any:
     return importlib.import_module("torchvision")
 
 
-def build(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def build_from_torchvision(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Returns `torchvision.models.get_model(name, weights=None, **arguments)`, which also states its images' shape.
 
     Raises:

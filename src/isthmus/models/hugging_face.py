@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.errors import ModelError
-from isthmus.models.factory import build as build_from
+from isthmus.models.factory import build_from_factory as build_from
 from isthmus.models.factory import not_installed, one_line
 from isthmus.models.from_torchvision import import_torchvision
 
@@ -40,7 +40,7 @@ TOKENS = 16  # of an example sentence, where the model can read as many
 FRAMES = 16  # that an example recording has after the strides of a convolutional encoder
 
 
-def build(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def build_from_folder(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Returns the model that the `config.json` in a folder describes, with random weights, in the folder's dtype.
 
     It is of the class that the configuration names (`architectures`), else of the one that `AutoModel` takes, and
@@ -234,7 +234,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 # ---- example inputs
 
 
-def example_inputs(model: nn.Module, samples: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
+def example_for_config(model: nn.Module, samples: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
     """Returns keyword inputs to try, best first: all kinds that the model says it reads, then its main input alone.
 
     Their names are those that transformers gives inputs of every kind, and their sizes those of the configuration;

@@ -18,7 +18,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 SHORTCUTS = {"projection": 1, "conv3x3": 3}
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Returns relu(branch(x) + shortcut(x)); the shortcut is a convolution where the shape changes, else x itself."""
 
     def __init__(self, channels: int, after: int, stride: int, norm: str, shortcut: str) -> None:
@@ -86,7 +86,7 @@ class ResNet20(nn.Module):
         for stage, after in enumerate(stages):
             for index in range(3):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(Block(channels, after, stride, norm, shortcut))
+                blocks.append(ResidualBlock(channels, after, stride, norm, shortcut))
                 channels = after
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, classes)

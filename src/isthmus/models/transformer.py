@@ -97,7 +97,7 @@ def rotations(tokens: int, units: int) -> tuple[Float[Tensor, "tokens half"], Fl
     return angles.cos().float(), angles.sin().float()
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     """The feed-forward part of a block.
 
     `gelu`: 4 · width hidden units. `gated`: 8/3 · width (rounded) hidden units, each the product of a linear unit and
@@ -119,10 +119,10 @@ class MLP(nn.Module):
         return self.down(F.gelu(hidden) if self.gate is None else F.silu(self.gate(x_BTD)) * hidden)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention, then the MLP, each behind its own normalisation and added to the residual stream."""
 
-    def __init__(self, attention: Attention, mlp: MLP, norm1: nn.Module, norm2: nn.Module) -> None:
+    def __init__(self, attention: Attention, mlp: FeedForward, norm1: nn.Module, norm2: nn.Module) -> None:
         super().__init__()
         self.norm1, self.attention, self.norm2, self.mlp = norm1, attention, norm2, mlp
 
@@ -156,9 +156,9 @@ def make_blocks(
             f"transformer: width={width} must be a positive multiple of heads={heads}, and depth={depth} 0 or more"
         )
     return nn.ModuleList(
-        Block(
+        TransformerBlock(
             Attention(width, heads, bias, mask, rope),
-            MLP(width, mlp, bias),
+            FeedForward(width, mlp, bias),
             make_norm(norm, width, bias),
             make_norm(norm, width, bias),
         )
@@ -177,6 +177,6 @@ def initialise(model: nn.Module, blocks: nn.ModuleList) -> None:
             if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
     for block in blocks:
-        assert isinstance(block, Block)
+        assert isinstance(block, TransformerBlock)
         for layer in (block.attention.output, block.mlp.down):
             nn.init.normal_(layer.weight, std=INITIAL_DEVIATION / math.sqrt(2 * len(blocks)))

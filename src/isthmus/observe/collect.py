@@ -120,7 +120,7 @@ def _read_spaces(
         for state, reference, symmetry, found in zip(states, references, symmetries, readings, strict=True):
             own = batch.to(reference.device, reference.dtype).clone()
             observers = {node: _observer(here, rows) for node, here in found.items()}
-            Reader(program_for(symmetry.program.program, own), observers).read(state, own)
+            Reader(program_for(symmetry.traced.program, own), observers).read(state, own)
         for (space, _), values in rows.items():
             if len(values) != len(models) or len({len(each) for each in values}) > 1:
                 raise SymmetryError(
@@ -133,7 +133,7 @@ def _read_spaces(
 
 def _readings_by_node(symmetry: Symmetry, at: str) -> dict[str, list[tuple[int, "Reading"]]]:
     """For every node at which a space is read: how, each reading with its number within the space."""
-    graph = symmetry.program
+    graph = symmetry.traced
     first, second = (graph.post, graph.pre) if at == "post" else (graph.pre, graph.post)
     found: dict[str, list[tuple[int, Reading]]] = {}
     for space in symmetry:

@@ -87,7 +87,7 @@ def symmetry_of(model: nn.Module, symmetry: Symmetry | None, inputs: tuple[Any, 
     """
     if symmetry is not None:
         check_symmetry(symmetry, model)
-        if symmetry.program is not None:
+        if symmetry.graph is not None:
             return symmetry
     found = None
     if inputs is not None:
@@ -107,7 +107,7 @@ def symmetry_of(model: nn.Module, symmetry: Symmetry | None, inputs: tuple[Any, 
         raise SymmetryError(
             "the model's graph has another symmetry than the one given: trace it again, or leave it out"
         )
-    return replace(symmetry, program=found.program)
+    return replace(symmetry, graph=found.graph)
 
 
 def check_symmetry(symmetry: Symmetry, model: nn.Module) -> None:

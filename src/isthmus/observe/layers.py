@@ -69,7 +69,7 @@ def layers_of(symmetry: Symmetry) -> list[Layer]:
 
     A weight that several operations share, such as two products, or a tied head and embedding, belongs to none.
     """
-    graph = symmetry.program
+    graph = symmetry.traced
     nodes = {node.name: node for node in graph.program.graph.nodes}
     order = {name: index for index, name in enumerate(nodes)}
     norms = {norm.source: norm for norm in graph.batch_norms}
@@ -173,7 +173,7 @@ def move_folded(symmetry: Symmetry, layer: Layer, weight: Tensor, transforms: Tr
 
 def move_value(symmetry: Symmetry, node: str, value: Tensor, transforms: Transforms) -> Tensor:
     """A node's value carried into the common frame."""
-    for name, site in symmetry.program.activations.get(node, []):
+    for name, site in symmetry.traced.activations.get(node, []):
         value = move_site(value, site, transforms[name])
     return value
 
@@ -182,7 +182,7 @@ def carries_outputs(symmetry: Symmetry, layer: Layer) -> bool:
     """Whether the spaces of the units that a layer produces can be moved in its target's value."""
     places = symmetry.sites.get(layer.contraction.weight, [])
     produced = {space.name for space, site in places if layer.contraction.output in site.dims}
-    return produced <= {name for name, _ in symmetry.program.activations.get(layer.target, [])}
+    return produced <= {name for name, _ in symmetry.traced.activations.get(layer.target, [])}
 
 
 def sample_positions(

@@ -46,7 +46,7 @@ def cut_all(symmetries: Sequence[Symmetry], shared: set[str]) -> list[Cut]:
         SymmetryError: The models run other operations in the trunk.
         TraceError: An operation in place crosses the border.
     """
-    programs: list[Program] = [symmetry.program.program for symmetry in symmetries]
+    programs: list[Program] = [symmetry.traced.program for symmetry in symmetries]
     constants = {name for name in programs[0].constants if all(_same_constant(programs[0], p, name) for p in programs)}
     common = [_trunk_nodes(program, shared, constants) for program in programs]
     cuts = [_cut(symmetry, nodes) for symmetry, nodes in zip(symmetries, common, strict=True)]
@@ -113,7 +113,7 @@ def writes_in_place(node: fx.Node) -> bool:
 
 def _cut(symmetry: Symmetry, common: set[str]) -> Cut:
     """The part of a graph that the outputs need, cut behind the last nodes of `common` whose units are all known."""
-    graph = symmetry.program
+    graph = symmetry.traced
     program: Program = graph.program
     known = {name for name in common if name in graph.activations and name not in graph.partial}
     outputs = [node.name for node in program.graph.nodes if node.op == "output"]
@@ -198,7 +198,7 @@ def restrict(symmetry: Symmetry, names: Sequence[str], shared: set[str], parts: 
         for space in symmetry
         if space.name in names
     )
-    graph = symmetry.program
+    graph = symmetry.traced
 
     def within(read: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         return {name: tuple(node for node in nodes if node in parts.trunk) or nodes for name, nodes in read.items()}
@@ -208,5 +208,5 @@ def restrict(symmetry: Symmetry, names: Sequence[str], shared: set[str], parts: 
         spaces=spaces,
         shapes={name: shape for name, shape in symmetry.shapes.items() if name in shared},
         tied={},
-        program=replace(graph, post=within(graph.post), pre=within(graph.pre)),
+        graph=replace(graph, post=within(graph.post), pre=within(graph.pre)),
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import DataError, InputError, SymmetryError
 from isthmus.match import METHODS
-from isthmus.match.base import Match, Problem, folds
+from isthmus.match.base import Match, MatchingProblem, folds
 from isthmus.match.nested import family_of, roots_of
 from isthmus.merging.fold import fold_norm_gains
 from isthmus.merging.merge import variances_met
@@ -61,7 +61,7 @@ def partial_zip(
     """
     modules = as_own_modules(models)
     configured = configure("matching method", method, METHODS) if isinstance(method, str) else method
-    Problem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
+    MatchingProblem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
     symmetries = [symmetry_of(model, None, inputs, data) for model in modules]
     names = _spaces_before(symmetries, stop)
     shared = shared_tensors(symmetries, names)
@@ -69,10 +69,10 @@ def partial_zip(
     trunks = [restrict(symmetry, names, shared, cut) for symmetry, cut in zip(symmetries, cuts, strict=True)]
     if folds(configured) and any(has_diagonal_sites(trunk) for trunk in trunks):
         modules = [fold_norm_gains(model, symmetry) for model, symmetry in zip(modules, symmetries, strict=True)]
-    alignment = configured(Problem(modules, trunks[0], data, seed, trunks))
+    alignment = configured(MatchingProblem(modules, trunks[0], data, seed, trunks))
     merged, undefined = _merge_trunk(modules, trunks, alignment)
     parts = [
-        Part(symmetry.program.program, cut, symmetry.program.batch_norms, _read_back(symmetry, cut, trunk, transforms))
+        Part(symmetry.traced.program, cut, symmetry.traced.batch_norms, _read_back(symmetry, cut, trunk, transforms))
         for symmetry, cut, trunk, transforms in zip(symmetries, cuts, trunks, alignment.transforms, strict=True)
     ]
     heads = [Tensors(model, cut.head_tensors) for model, cut in zip(modules, cuts, strict=True)]
@@ -137,7 +137,7 @@ def _read_back(
     """How a model reads its units at every node of the border, parents before what is nested in them."""
     inverse = invert(transforms, trunk)
     rank = {space.name: index for index, space in enumerate(trunk)}
-    nodes = {node.name: node for node in symmetry.program.program.graph.nodes}
+    nodes = {node.name: node for node in symmetry.traced.program.graph.nodes}
     found: dict[str, list[ReadBack]] = {}
     for name, places in parts.border.items():
         shape = nodes[name].meta["val"].shape

@@ -9,7 +9,7 @@ from markupsafe import escape
 
 from isthmus.errors import InputError
 from isthmus.report.colours import DARK, LIGHT, css_name, css_variables
-from isthmus.report.figures import finite
+from isthmus.report.figures import finite_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,9 +113,9 @@ def series(
     curve = curves.get(kind) or {}
     name = ("raw_" if raw else "") + {"loss": "losses", "accuracy": "accuracies"}[panel]
     lambdas, values = curve.get("lambdas") or [], curve.get(name) or []
-    if len(lambdas) != len(values) or all(finite(value) is None for value in values):
+    if len(lambdas) != len(values) or all(finite_number(value) is None for value in values):
         return [], []
-    return [float(x) for x in lambdas], [finite(value) for value in values]
+    return [float(x) for x in lambdas], [finite_number(value) for value in values]
 
 
 def leaves_picture(curves: Mapping[str, Any]) -> float | None:

@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 from isthmus.report import chart
 from isthmus.report.chart import Drawing, Scale, Series
-from isthmus.report.figures import finite
+from isthmus.report.figures import finite_number
 
 MOST_DRAWN = 200  # spaces of a chart
 HEIGHT, TOP, RIGHT, LEFT = 150, 10, 12, 48  # of the field, in pixels at normal size, and the room around it
@@ -47,7 +47,7 @@ def draw_variances(spaces: Sequence[Space], *, repaired: bool = True) -> Drawing
     """
 
     def of(key: str) -> list[float | None]:
-        return [finite(part(space, "variance_ratio").get(key)) for space in spaces]
+        return [finite_number(part(space, "variance_ratio").get(key)) for space in spaces]
 
     series = [
         Series("averaged without alignment", "naive", "square", of("naive")),
@@ -76,7 +76,7 @@ def draw_labels(spaces: Sequence[Space], models: Sequence[str]) -> Drawing | Non
     for index, space in enumerate(spaces):
         bars = (("labels", -0.34, 0.42, ""), ("naive_labels", 0.12, 0.2, " pale"))
         for key, offset, share, pale in bars:
-            counts = [finite(part(space, key).get(name)) or 0.0 for name in names]
+            counts = [finite_number(part(space, key).get(name)) or 0.0 for name in names]
             total, low = sum(counts), 0.0
             if total <= 0:
                 continue
@@ -133,8 +133,8 @@ def part(space: Space, key: str) -> Mapping[str, Any]:
 def known(value: Any, index: int | None = None) -> float | None:
     """A figure, or that of one model where there is a list; None where it was not measured."""
     if index is None or not isinstance(value, list):
-        return finite(value) if index in (None, 0) else None
-    return finite(value[index]) if index < len(value) else None
+        return finite_number(value) if index in (None, 0) else None
+    return finite_number(value[index]) if index < len(value) else None
 
 
 def _lines(

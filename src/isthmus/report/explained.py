@@ -87,7 +87,7 @@ def _judged(claims: Sequence[Report] | None) -> list[dict[str, Any]]:
 
 def _said(value: Any) -> str | None:
     """A figure as it stands, a bare number to four digits."""
-    number = figures.finite(value)
+    number = figures.finite_number(value)
     return f"{number:.4g}".replace("-", "\N{MINUS SIGN}") if number is not None else value
 
 
@@ -104,7 +104,7 @@ def _counted(items: Sequence[Report]) -> str:
 # ---- layers
 
 
-class Column(NamedTuple):
+class ExplainedColumn(NamedTuple):
     """A column of a table of figures: its heading and the figure of a row, None where not measured."""
 
     name: str
@@ -112,11 +112,11 @@ class Column(NamedTuple):
     digits: int = 2
 
 
-class Group(NamedTuple):
+class LayerGroup(NamedTuple):
     """Columns under a common heading."""
 
     name: str
-    columns: list[Column]
+    columns: list[ExplainedColumn]
 
 
 def layers(report: Report) -> dict[str, Any] | None:
@@ -163,47 +163,50 @@ def _has_directions(found: Report) -> bool:
 
 
 def _kept(found: Report) -> str:
-    threshold = figures.finite(found.get("threshold"))
+    threshold = figures.finite_number(found.get("threshold"))
     least = "" if threshold is None else f" of at least {threshold:g}"
     return f"A merged unit counts as a model’s feature from a correlation{least} with it on. Shared: every model’s."
 
 
-def _groups(spaces: Sequence[Report], models: Sequence[str], noun: str) -> list[Group]:
+def _groups(spaces: Sequence[Report], models: Sequence[str], noun: str) -> list[LayerGroup]:
     """The columns of the table of spaces; those without a figure are left out. A sample of the data is a `noun`."""
 
     def one(part: str, key: str) -> Callable[[Report], float | None]:
         return lambda space: depth.known(depth.part(space, part).get(key))
 
-    def each(part: str, key: str, prefix: str = "") -> list[Column]:
+    def each(part: str, key: str, prefix: str = "") -> list[ExplainedColumn]:
         def of(index: int) -> Callable[[Report], float | None]:
             return lambda space: depth.known(depth.part(space, part).get(key), index)
 
-        return [Column(f"{prefix}{name}", of(index)) for index, name in enumerate(models)]
+        return [ExplainedColumn(f"{prefix}{name}", of(index)) for index, name in enumerate(models)]
 
     names = depth.label_names(spaces, models)
     groups = [
-        Group(
+        LayerGroup(
             "Correlation",
             [
-                Column("before", one("correlation", "before")),
-                Column("matched", one("correlation", "matched")),
+                ExplainedColumn("before", one("correlation", "before")),
+                ExplainedColumn("matched", one("correlation", "matched")),
                 *each("correlation", "merged", "merged–"),
                 *each("correlation", "naive", "naive–"),
-                Column("shuffled", one("correlation", "shuffled")),
+                ExplainedColumn("shuffled", one("correlation", "shuffled")),
             ],
         ),
-        Group("Units of the merged network", [Column(name, one("labels", name), 0) for name in names]),
-        Group("Units without alignment", [Column(name, one("naive_labels", name), 0) for name in names]),
-        Group(
+        LayerGroup("Units of the merged network", [ExplainedColumn(name, one("labels", name), 0) for name in names]),
+        LayerGroup("Units without alignment", [ExplainedColumn(name, one("naive_labels", name), 0) for name in names]),
+        LayerGroup(
             f"Overlap of top {noun}s",
             [
                 *each("top_overlap", "merged", "merged–"),
                 *each("top_overlap", "naive", "naive–"),
-                Column("shuffled", one("top_overlap", "shuffled")),
+                ExplainedColumn("shuffled", one("top_overlap", "shuffled")),
             ],
         ),
-        Group("Variance ratio", [Column(key, one("variance_ratio", key)) for key in ("naive", "aligned", "mended")]),
-        Group(
+        LayerGroup(
+            "Variance ratio",
+            [ExplainedColumn(key, one("variance_ratio", key)) for key in ("naive", "aligned", "mended")],
+        ),
+        LayerGroup(
             "Cross-activation, percentile",
             each("cross_activation", "merged", "merged–") + each("cross_activation", "naive", "naive–"),
         ),
@@ -211,10 +214,10 @@ def _groups(spaces: Sequence[Report], models: Sequence[str], noun: str) -> list[
     return _filled(groups, spaces)
 
 
-def _filled(groups: Sequence[Group], rows: Sequence[Report]) -> list[Group]:
+def _filled(groups: Sequence[LayerGroup], rows: Sequence[Report]) -> list[LayerGroup]:
     """The groups without columns in which no row has a figure."""
     kept = [
-        Group(
+        LayerGroup(
             group.name,
             [column for column in group.columns if any(column.figure(row) is not None for row in rows)],
         )
@@ -237,7 +240,7 @@ def directions(report: Report) -> dict[str, Any] | None:
     if not _has_directions(found):
         return None
     models = _letters(report)
-    thresholds = [value for value in map(figures.finite, spectrum.get("thresholds") or []) if value is not None]
+    thresholds = [value for value in map(figures.finite_number, spectrum.get("thresholds") or []) if value is not None]
     shown, elsewhere = _placed(report, rows[:MOST_LAYERS], matches)
     overlaps = [each for each in spectrum.get("overlaps") or [] if each]
     whole = spectra.draw_agreement(
@@ -256,7 +259,7 @@ def directions(report: Report) -> dict[str, Any] | None:
         "distance": (spectrum.get("distance_before"), spectrum.get("distance_after")),
         "taylor": taylor,
         "unchanged": max(
-            (v for v in (figures.finite(row.get("unchanged")) for row in rows) if v is not None), default=None
+            (v for v in (figures.finite_number(row.get("unchanged")) for row in rows) if v is not None), default=None
         ),
         "barriers": [(str(name).replace("_", " "), value) for name, value in (found.get("barriers") or {}).items()],
         "images": (found.get("data") or {}).get("images"),
@@ -302,31 +305,39 @@ def _layer(layer: Report, thresholds: Sequence[float], models: Sequence[str]) ->
 
 def _ratio(layer: Report) -> float | None:
     """The share of a layer's input along its top directions over that of chance."""
-    share, chance = figures.finite(layer.get("input_share")), figures.finite(layer.get("input_chance"))
+    share, chance = figures.finite_number(layer.get("input_share")), figures.finite_number(layer.get("input_chance"))
     return share / chance if share is not None and chance else None
 
 
-def _layer_groups(rows: Sequence[Report], thresholds: Sequence[float]) -> list[Group]:
+def _layer_groups(rows: Sequence[Report], thresholds: Sequence[float]) -> list[LayerGroup]:
     """The columns of the table of layers."""
 
     def entry(key: str, index: int) -> Callable[[Report], float | None]:
         return lambda layer: depth.known(layer.get(key) or [], index)
 
     def field(key: str) -> Callable[[Report], float | None]:
-        return lambda layer: figures.finite(layer.get(key))
+        return lambda layer: figures.finite_number(layer.get(key))
 
     groups = [
-        Group("Matrix", [Column("directions", lambda layer: float(len(layer.get("a") or [])) or None, 0)]),
-        Group("Distance", [Column("before", field("distance_before")), Column("after", field("distance_after"))]),
+        LayerGroup(
+            "Matrix", [ExplainedColumn("directions", lambda layer: float(len(layer.get("a") or [])) or None, 0)]
+        ),
+        LayerGroup(
+            "Distance",
+            [ExplainedColumn("before", field("distance_before")), ExplainedColumn("after", field("distance_after"))],
+        ),
     ]
     for wanted in (0.0, LARGE):
         index = next((i for i, gamma in enumerate(thresholds) if abs(gamma - wanted) < 1e-9), None)
         if index is not None:
-            columns = [Column("before", entry("r_before", index), 3), Column("after", entry("r_after", index), 3)]
-            groups.append(Group(f"R at γ = {wanted:g}", columns))
-    groups.append(Group("Alignment", [Column("Spearman", field("rank_correlation"))]))
-    fed = [Column("found", field("input_share"), 3), Column("chance", field("input_chance"), 3)]
-    groups.append(Group("Share of the input", [*fed, Column("times", _ratio, 1)]))
+            columns = [
+                ExplainedColumn("before", entry("r_before", index), 3),
+                ExplainedColumn("after", entry("r_after", index), 3),
+            ]
+            groups.append(LayerGroup(f"R at γ = {wanted:g}", columns))
+    groups.append(LayerGroup("Alignment", [ExplainedColumn("Spearman", field("rank_correlation"))]))
+    fed = [ExplainedColumn("found", field("input_share"), 3), ExplainedColumn("chance", field("input_chance"), 3)]
+    groups.append(LayerGroup("Share of the input", [*fed, ExplainedColumn("times", _ratio, 1)]))
     return _filled(groups, rows)
 
 
@@ -383,7 +394,7 @@ def alike(report: Report) -> dict[str, Any] | None:
     maps = []
     for each, rows, columns in tables:
         first, second = [*map(str, each.get("models") or []), "A", "B"][:2]
-        values = [[figures.finite(value) for value in row] for row in each.get("values") or []]
+        values = [[figures.finite_number(value) for value in row] for row in each.get("values") or []]
         same, other = _diagonal(rows, columns, values)
         words = f"CKA of the layers of {first}, in rows, and of {second}, in columns."
         if same is not None and other is not None:

@@ -35,7 +35,7 @@ def clean(value: Any, longest: int = LONGEST) -> Any:
     return [clean(item, longest) for item in value] if isinstance(value, list) else value
 
 
-def finite(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """The number, or None for null, NaN, infinity and what is no number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
@@ -50,7 +50,7 @@ def signed(text: str) -> str:
 
 def decimal(value: Any, digits: int = 4) -> str:
     """A number with `digits` decimals; with fewer from a thousand on."""
-    number = finite(value)
+    number = finite_number(value)
     if number is None:
         return ABSENT
     if abs(number) >= 1e6:
@@ -60,7 +60,7 @@ def decimal(value: Any, digits: int = 4) -> str:
 
 def percent(value: Any, digits: int = 1) -> str:
     """A share as a percentage; it reads 100 only if it is the whole."""
-    number = finite(value)
+    number = finite_number(value)
     if number is None:
         return ABSENT
     return signed(f"{_shown(number * 100, digits)}{NARROW}%")
@@ -79,19 +79,19 @@ def _shown(number: float, digits: int) -> str:
 
 def _points(value: Any, digits: int = 1) -> str:
     """A difference of shares in percentage points, without the unit."""
-    number = finite(value)
+    number = finite_number(value)
     return ABSENT if number is None else signed(f"{number * 100:.{digits}f}")
 
 
 def whole(value: Any) -> str:
     """A count with separators between the thousands."""
-    number = finite(value)
+    number = finite_number(value)
     return ABSENT if number is None else signed(f"{number:,.0f}")
 
 
 def power(value: Any) -> str:
     """A number as 2.9 × 10⁻¹⁶; between 0.001 and 1,000 as a plain decimal with two significant digits."""
-    number = finite(value)
+    number = finite_number(value)
     if number is None:
         return "infinite" if isinstance(value, float) and math.isinf(value) else ABSENT
     if number == 0:
@@ -104,7 +104,7 @@ def power(value: Any) -> str:
 
 def _duration(value: Any) -> str:
     """Seconds as a reader says them: 0.01 s, 12.3 s, 4 min 12 s, 2 h 5 min."""
-    number = finite(value)
+    number = finite_number(value)
     if number is None:
         return ABSENT
     if number < 0.01:

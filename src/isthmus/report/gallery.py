@@ -190,7 +190,7 @@ def _card(
     drawn, top = mine.get("pictures") or {}, mine.get("top") or {}
 
     def of(values: Sequence[Any], index: int) -> float | None:
-        return figures.finite(values[index]) if index < len(values) else None
+        return figures.finite_number(values[index]) if index < len(values) else None
 
     columns = []
     for index, model in enumerate([*models, "merged", "naive"]):
@@ -206,7 +206,7 @@ def _card(
                 "top": _show(top.get(model), f"images that excite {whose} most"),
                 "r": [
                     (other, value)
-                    for other, value in zip(models, map(figures.finite, fits), strict=False)
+                    for other, value in zip(models, map(figures.finite_number, fits), strict=False)
                     if value is not None
                 ],
             }
@@ -214,7 +214,10 @@ def _card(
     columns = [
         column for column in columns if column["picture"].given or column["top"].given or column["r"] or column["own"]
     ]
-    pair, ratio = figures.finite(_at(found.get("r_matched"), unit)), figures.finite(_at(found.get("norm_ratio"), unit))
+    pair, ratio = (
+        figures.finite_number(_at(found.get("r_matched"), unit)),
+        figures.finite_number(_at(found.get("norm_ratio"), unit)),
+    )
     scores = [
         pair,
         *(of(per_model["r_models"], index) for index in range(len(models))),
@@ -253,7 +256,7 @@ def _at(values: Any, unit: int) -> Any:
 
 def _own_units(sources: Any, unit: int, mixed: bool) -> list[str]:
     """Which unit of each model stands in a slot of the common frame, or, where units are mixed, counts most there."""
-    numbers = [figures.finite(_at(row, unit)) for row in sources or []]
+    numbers = [figures.finite_number(_at(row, unit)) for row in sources or []]
     return [
         "none of its units" if number is None else f"{'mostly ' if mixed else ''}its unit {number:.0f}"
         for number in numbers

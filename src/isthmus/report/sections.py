@@ -69,7 +69,7 @@ def _merged_tile(report: Report) -> Tile | None:
         return None
     parents = [parent for parent in found.get("parents") or [] if parent]
     quantity, say = _headline(found)
-    known = sorted(value for parent in parents if (value := figures.finite(parent.get(quantity))) is not None)
+    known = sorted(value for parent in parents if (value := figures.finite_number(parent.get(quantity))) is not None)
     texts = [say(value) for value in (known[:1] + known[-1:])]
     note = Markup("parents {}").format(Markup(" to ").join(dict.fromkeys(texts))) if texts else ""
     return Tile(f"Merged {quantity}", say(merged.get(quantity)), note)
@@ -112,7 +112,7 @@ def _proof_tile(report: Report) -> Tile:
 def _headline(found: Report) -> tuple[str, Callable[[Any], str]]:
     """Accuracy where the merged network has one, else loss; and how it is written."""
     merged = found.get("merged") or {}
-    if figures.finite(merged.get("accuracy")) is None:
+    if figures.finite_number(merged.get("accuracy")) is None:
         return "loss", figures.decimal
     digits = _digits(merged.get("count"))
     return "accuracy", lambda value: figures.percent(value, digits)
@@ -120,7 +120,7 @@ def _headline(found: Report) -> tuple[str, Callable[[Any], str]]:
 
 def _digits(count: Any) -> int:
     """Decimals of a percentage of `count` samples: no more than one sample can move."""
-    return 2 if (figures.finite(count) or 0) >= 2000 else 1
+    return 2 if (figures.finite_number(count) or 0) >= 2000 else 1
 
 
 def _scores(report: Report) -> dict[str, Any] | None:
@@ -156,7 +156,7 @@ def _scores(report: Report) -> dict[str, Any] | None:
     return {
         "rows": rows,
         "mended": mended,
-        "has_accuracy": any(figures.finite(row[2].get("accuracy")) is not None for row in rows),
+        "has_accuracy": any(figures.finite_number(row[2].get("accuracy")) is not None for row in rows),
         "digits": _digits(rows[0][2].get("count")) if rows else 1,
         "data": report.get("data"),
     }
@@ -221,7 +221,7 @@ def _symmetry(report: Report) -> dict[str, Any]:
         "proof": report.get("proof"),
         "free_units": _free_units(report),
         "moved_units": _moved_units(spaces),
-        "touched_share": figures.finite(found.get("moved_share")),
+        "touched_share": figures.finite_number(found.get("moved_share")),
         "spaces": spaces[:MOST_ROWS],
         "left_out": max(0, len(spaces) - MOST_ROWS),
         "most_sites": max(10, MOST_SITES // max(1, min(len(spaces), MOST_ROWS))),
@@ -244,7 +244,7 @@ def _moved_columns(spaces: Sequence[Report], models: int) -> list[Column]:
 
     def share(space: Report, index: int) -> float | None:
         moved = space.get("moved") or []
-        return figures.finite(moved[index]) if index < len(moved) else None
+        return figures.finite_number(moved[index]) if index < len(moved) else None
 
     def mixed(space: Report, indices: Sequence[int]) -> bool:
         moved = space.get("moved") or []
@@ -289,7 +289,7 @@ def _frozen(report: Report) -> dict[str, Any] | None:
                 "reason": reason,
                 "expected": expected,
                 "axes": len(members),
-                "units": sum(int(figures.finite(axis.get("units")) or 0) for axis in members),
+                "units": sum(int(figures.finite_number(axis.get("units")) or 0) for axis in members),
                 "members": members[:room],
                 "left_out": len(members) - len(members[:room]),
             }
@@ -308,7 +308,7 @@ def _frozen(report: Report) -> dict[str, Any] | None:
 def _matching(report: Report) -> dict[str, Any]:
     """How the models were matched and averaged."""
     method, average = report["method"], report.get("average")
-    objective, bound = figures.finite(method.get("objective")), figures.finite(method.get("upper_bound"))
+    objective, bound = figures.finite_number(method.get("objective")), figures.finite_number(method.get("upper_bound"))
     return {
         "method": method,
         "options": _options(method.get("options")),
@@ -340,7 +340,7 @@ def _provenance(report: Report) -> dict[str, Any]:
 
 def _figure(pair: Report, kind: str, name: str) -> float | None:
     """A barrier of one of a pair's curves."""
-    return figures.finite((pair.get(kind) or {}).get(name))
+    return figures.finite_number((pair.get(kind) or {}).get(name))
 
 
 def _only_aligned(report: Report) -> bool:
@@ -352,7 +352,7 @@ def _moved_units(spaces: Sequence[Report]) -> float | None:
     """The share of all units that moved, on average over the models that moved at all."""
     sizes = [int(space["size"]) * int(space["copies"] or 1) for space in spaces]
     columns = list(zip(*(space.get("moved") or [] for space in spaces), strict=False))
-    known = [[share for share in map(figures.finite, column) if share is not None] for column in columns]
+    known = [[share for share in map(figures.finite_number, column) if share is not None] for column in columns]
     moving = [shares for shares in known if len(shares) == len(sizes) and any(shares)]
     if not moving:
         return 0.0 if known and all(len(shares) == len(sizes) for shares in known) else None
@@ -362,7 +362,7 @@ def _moved_units(spaces: Sequence[Report]) -> float | None:
 
 def _free_units(report: Report) -> int:
     """Units that can move, as recorded or else counted over the spaces."""
-    known = figures.finite(report["symmetry"].get("free_units"))
+    known = figures.finite_number(report["symmetry"].get("free_units"))
     spaces = report["symmetry"].get("spaces") or []
     return (
         round(known) if known is not None else sum(int(space["size"]) * int(space["copies"] or 1) for space in spaces)

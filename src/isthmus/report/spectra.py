@@ -6,7 +6,7 @@ from typing import Any
 
 from isthmus.report import chart
 from isthmus.report.chart import Drawing, Scale
-from isthmus.report.figures import finite
+from isthmus.report.figures import finite_number
 
 WIDTH, HEIGHT = 330, 208
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
@@ -18,7 +18,7 @@ def draw_values(layer: Mapping[str, Any], models: Sequence[str]) -> Drawing | No
     names = [*(models[:2] if len(models) > 1 else ("A", "B")), "merged"]
     styles = [(chart.model_class(0), "none"), (chart.model_class(1), "none"), ("mended dashed", "none")]
     spectra = [
-        (name, css, mark, [finite(value) for value in layer.get(key) or []])
+        (name, css, mark, [finite_number(value) for value in layer.get(key) or []])
         for (name, key, (css, mark)) in zip(names, ("a", "b", "merged"), styles, strict=True)
     ]
     spectra = [each for each in spectra if any(value is not None and value > 0 for value in each[3])]
@@ -54,9 +54,9 @@ def draw_agreement(
     thresholds: Sequence[Any], before: Sequence[Any] | None, after: Sequence[Any] | None, name: str
 ) -> Drawing | None:
     """R of the directions whose value is at least γ times the largest, before and after matching."""
-    gammas = [finite(value) for value in thresholds]
+    gammas = [finite_number(value) for value in thresholds]
     series = [
-        (kind, css, mark, [finite(value) for value in numbers or []])
+        (kind, css, mark, [finite_number(value) for value in numbers or []])
         for kind, css, mark, numbers in (
             ("before matching", "naive", "square", before),
             ("after matching", "aligned", "circle", after),
@@ -85,8 +85,8 @@ def draw_agreement(
 
 def draw_alignment(layer: Mapping[str, Any], models: Sequence[str]) -> Drawing | None:
     """How far each singular direction of A has a counterpart in B, against its value."""
-    values = [finite(value) for value in layer.get("a") or []]
-    alignment = [finite(value) for value in layer.get("alignment") or []]
+    values = [finite_number(value) for value in layer.get("a") or []]
+    alignment = [finite_number(value) for value in layer.get("alignment") or []]
     pairs = [
         (value, along)
         for value, along in zip(values, alignment, strict=False)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from isthmus.report import chart
 from isthmus.report.colours import LIGHT, css_name
 from isthmus.report.curves import LABELS
-from isthmus.report.figures import finite, percent, signed
+from isthmus.report.figures import finite_number, percent, signed
 
 KINDS = ("aligned", "naive")
 NAMES = ("A", "B", "C")
@@ -41,7 +41,7 @@ Point = tuple[float, float]
 Corner = tuple[float, float, float]
 
 
-class Places(NamedTuple):
+class TrianglePlaces(NamedTuple):
     """What a triangle's picture shows: every place's weights, loss and accuracy (None where there is none)."""
 
     coefficients: list[tuple[float, ...]]
@@ -66,7 +66,8 @@ def triangle(report: Mapping[str, Any]) -> dict[str, Any] | None:
         "pictures": [_draw_simplex(shown[kind], kind, bands=bands) for kind in shown],
         "kinds": [(kind, LABELS[kind].capitalize()) for kind in shown],
         "barriers": [
-            (kind, LABELS[kind].capitalize(), [finite(shown[kind].get(name)) for name in barriers]) for kind in shown
+            (kind, LABELS[kind].capitalize(), [finite_number(shown[kind].get(name)) for name in barriers])
+            for kind in shown
         ],
         "rows": [
             (_spell(place), [measured.get(kind, (None, None)) for kind in shown]) for place, measured in rows.items()
@@ -116,7 +117,7 @@ def _draw_simplex(
     return chart.svg(WIDTH, HEIGHT, _describe(places, heading), parts, "plot")
 
 
-def _describe(places: Places, heading: str) -> str:
+def _describe(places: TrianglePlaces, heading: str) -> str:
     """The picture in words, for those who do not see it."""
     said = [f"Loss over the triangle between models A, B and C. {heading}:"]
     corners = [
@@ -135,7 +136,7 @@ def _describe(places: Places, heading: str) -> str:
     return " ".join(said)
 
 
-def _value_of(places: Places, index: int) -> str:
+def _value_of(places: TrianglePlaces, index: int) -> str:
     """The loss of a place, and its accuracy where there is one, in words."""
     loss, accuracy = places.losses[index], places.accuracies[index]
     told = "no number" if loss is None else f"{loss:.3g}"
@@ -152,13 +153,13 @@ def _is_triangle(simplex: Mapping[str, Any]) -> bool:
     )
 
 
-def _places_of(simplex: Mapping[str, Any]) -> Places:
+def _places_of(simplex: Mapping[str, Any]) -> TrianglePlaces:
     """The places of a simplex, read from its JSON."""
     coefficients = [tuple(float(c) for c in place) for place in simplex["coefficients"]]
-    accuracies = [finite(value) for value in simplex.get("accuracies") or []] or [None] * len(coefficients)
+    accuracies = [finite_number(value) for value in simplex.get("accuracies") or []] or [None] * len(coefficients)
     if len(accuracies) != len(coefficients):
         raise ValueError(f"{len(accuracies)} accuracies for {len(coefficients)} places of a triangle")
-    return Places(coefficients, [finite(value) for value in simplex["losses"]], accuracies)
+    return TrianglePlaces(coefficients, [finite_number(value) for value in simplex["losses"]], accuracies)
 
 
 def _locate(place: Sequence[float]) -> Point:
@@ -167,7 +168,7 @@ def _locate(place: Sequence[float]) -> Point:
     return x, y
 
 
-def _centre_of(places: Places) -> int | None:
+def _centre_of(places: TrianglePlaces) -> int | None:
     """The number of the place where all models count alike, if it was measured."""
     found = [i for i, place in enumerate(places.coefficients) if max(place) - min(place) < 1e-9]
     return found[0] if found else None
@@ -203,7 +204,7 @@ def _bands_of(losses: Iterable[float | None]) -> list[float]:
     return [*below, *inner, *above]
 
 
-def _cells(places: Places) -> list[tuple[Corner, Corner, Corner]]:
+def _cells(places: TrianglePlaces) -> list[tuple[Corner, Corner, Corner]]:
     """The small triangles between neighbouring places; those with a corner of unknown loss are left out.
 
     The places are a barycentric grid of any fineness, and the centre, which divides the cell that it lies in.
@@ -308,7 +309,7 @@ def _dot(x: float, y: float, radius: float) -> str:
     return f'<circle cx="{chart.number(x)}" cy="{chart.number(y)}" r="{radius:g}" style="{style}"/>'
 
 
-def _short_value(places: Places, index: int) -> str:
+def _short_value(places: TrianglePlaces, index: int) -> str:
     """The accuracy of a place, or its loss where targets are no classes."""
     accuracy, loss = places.accuracies[index], places.losses[index]
     if accuracy is not None:
@@ -316,7 +317,7 @@ def _short_value(places: Places, index: int) -> str:
     return "–" if loss is None else signed(f"{loss:.3g}")
 
 
-def _name_corners(places: Places) -> list[str]:
+def _name_corners(places: TrianglePlaces) -> list[str]:
     """The letters of the models, with their accuracies."""
     vertex = {place.index(1.0): i for i, place in enumerate(places.coefficients) if 1.0 in place}
     (ax, ay), (bx, by), (cx, cy) = CORNERS
@@ -327,7 +328,7 @@ def _name_corners(places: Places) -> list[str]:
     ]
 
 
-def _mark_centre_and_rise(places: Places, points: Sequence[Point], edges: Sequence[float]) -> list[str]:
+def _mark_centre_and_rise(places: TrianglePlaces, points: Sequence[Point], edges: Sequence[float]) -> list[str]:
     """The centre, ringed, with its accuracy, and the largest rise above the vertices' own losses where it stands."""
     parts = []
     centre = _centre_of(places)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from isthmus.runs.recipe import Alignment, Data, Member, Recipe
+from isthmus.runs.recipe import AlignOptions, DataOptions, ParentOptions, Recipe
 from isthmus.runs.run_explain import explain_run
 from isthmus.runs.run_merge import run_merge
 from isthmus.runs.run_train import run_train
@@ -45,12 +45,12 @@ def run_demo(out: Path, say: Callable[[str], None] | None = None) -> dict[str, A
         path = parents / f"seed{seed}.safetensors"
         report = run_train(ARCHITECTURE, "digits", path, seed=seed, force=True)
         tell(f"trained a network from seed {seed}: {100 * report['test']['accuracy']:.1f} % of digits right")
-        members.append(Member(model=str(path)))
+        members.append(ParentOptions(model=str(path)))
     recipe = Recipe(
         models=members,
         architecture=ARCHITECTURE,
-        align=Alignment(method="weight_matching"),
-        data=Data(name="digits"),
+        align=AlignOptions(method="weight_matching"),
+        data=DataOptions(name="digits"),
         repair="reset",
     )
     tell("tracing, proving, aligning, merging, mending and measuring …")

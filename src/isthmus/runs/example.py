@@ -140,12 +140,12 @@ def _candidates(model: nn.Module, reference: Tensor) -> Iterator[tuple[Batch, st
     if stated is not None:
         yield _drawn(model, (InputShape(None, stated),), reference)
         return
-    own = exported.example_inputs(model)
+    own = exported.example_in_program(model)
     if own is not None:
         yield Batch(*own).to(reference.device, reference.dtype), ""
         return
     if hugging_face.is_hugging_face(model):
-        found = hugging_face.example_inputs(model, SAMPLES, generator)
+        found = hugging_face.example_for_config(model, SAMPLES, generator)
         for index, named in enumerate(found):
             batch = Batch((), named).to(reference.device, reference.dtype)
             assumed = f"inputs {_spoken_shapes(batch)}, from the model's configuration"

@@ -9,7 +9,7 @@ import torch
 from isthmus.explain.claims import top_share
 from isthmus.explain.gallery import Gallery
 from isthmus.explain.spectrum import Spectra
-from isthmus.explain.units import SpaceUnits
+from isthmus.explain.units import SpaceFates
 
 
 def describe_spectra(spectra: Spectra) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def describe_spectra(spectra: Spectra) -> dict[str, Any]:
     }
 
 
-def describe_space(own: SpaceUnits, ratios: Mapping[str, float | None], gallery: Gallery | None) -> dict[str, Any]:
+def describe_space(own: SpaceFates, ratios: Mapping[str, float | None], gallery: Gallery | None) -> dict[str, Any]:
     """One space's scores as plain JSON values."""
     shown = gallery.chosen.get(own.space, ()) if gallery is not None else ()
     order = [*[f"{name}'s" for name in own.names]]

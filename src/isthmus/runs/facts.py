@@ -127,12 +127,12 @@ def describe_score(score: Score) -> dict[str, Any]:
     return {"loss": score.loss, "accuracy": score.accuracy, "count": score.count}
 
 
-def finite(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """The value as plain JSON: tuples become lists, and numbers that are not finite become null."""
     if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

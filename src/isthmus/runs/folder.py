@@ -14,7 +14,7 @@ from isthmus.errors import ModelError
 from isthmus.models import absolute_spec, parse_spec
 from isthmus.models.hugging_face import CONFIG, save_weights
 from isthmus.report.page import write_report
-from isthmus.runs.facts import finite
+from isthmus.runs.facts import plain_json
 from isthmus.runs.recipe import Recipe
 
 # Files of tokenizers, of processors of images and sound, and of text generation.
@@ -88,5 +88,5 @@ def write_run(folder: Path, recipe: Recipe, report: Mapping[str, Any]) -> None:
         path = Path(recipe.data.name).resolve()
         complete.data = recipe.data.model_copy(update={"name": str(path), "sha256": hash_file(path)})
     write_text(folder / "recipe.yaml", complete.to_yaml())
-    write_text(folder / "report.json", json.dumps(finite(report), indent=1, ensure_ascii=False))
+    write_text(folder / "report.json", json.dumps(plain_json(report), indent=1, ensure_ascii=False))
     write_report(folder)

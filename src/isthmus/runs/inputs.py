@@ -16,7 +16,7 @@ from isthmus.models import load_model, window
 from isthmus.models.hugging_face import check_config, describes_model, is_hugging_face
 from isthmus.observe.given import as_modules
 from isthmus.runs.example import example_input
-from isthmus.runs.recipe import Data, Recipe
+from isthmus.runs.recipe import DataOptions, Recipe
 
 
 @dataclass(eq=False)
@@ -81,7 +81,7 @@ def _read_inputs(recipe: Recipe) -> Inputs:
     return Inputs(architecture, models, data, calibration, example, assumed)
 
 
-def load_data_of(data: Data, architecture: nn.Module) -> DataSet:
+def load_data_of(data: DataOptions, architecture: nn.Module) -> DataSet:
     """The data set that a recipe names; of a text, in windows as long as the architecture's.
 
     Raises:

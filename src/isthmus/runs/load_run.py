@@ -26,7 +26,7 @@ from isthmus.tracing.trace import trace
 
 
 @dataclass(eq=False)
-class Run:
+class FinishedRun:
     """A finished run, loaded again.
 
     Attributes:
@@ -54,7 +54,7 @@ class Run:
     report: dict[str, Any]
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path) -> FinishedRun:
     """The run in a folder, with everything that it was made of.
 
     Raises:
@@ -88,7 +88,7 @@ def load_run(folder: Path) -> Run:
     def folded(model: nn.Module) -> nn.Module:
         return fold_norm_gains(model, symmetry) if alignment.folded else model
 
-    return Run(
+    return FinishedRun(
         folder,
         recipe,
         inputs,

@@ -25,7 +25,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Member(Strict):
+class ParentOptions(Strict):
     """One checkpoint: its path, its weight in the merge, and the hash it must have, if one is noted.
 
     The weight, `parameters: {weight: …}`, is a number, or numbers by module path, with `""` for all other tensors.
@@ -36,14 +36,14 @@ class Member(Strict):
     sha256: str | None = None
 
 
-class Alignment(Strict):
+class AlignOptions(Strict):
     """How the models are aligned: a method's name and its options."""
 
     method: str = "weight_matching"
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class Data(Strict):
+class DataOptions(Strict):
     """What the run reads: a data set's name or an .npz file, its folder, and how many training samples to use."""
 
     name: str
@@ -56,13 +56,13 @@ class Data(Strict):
 class Recipe(Strict):
     """A merge, complete: running it again on the same files gives the same bytes."""
 
-    models: list[Member]
+    models: list[ParentOptions]
     architecture: str
     merge_method: str = "mean"
     parameters: dict[str, Any] = Field(default_factory=dict)
-    align: Alignment = Field(default_factory=Alignment)
+    align: AlignOptions = Field(default_factory=AlignOptions)
     repair: str | None = "reset"
-    data: Data | None = None
+    data: DataOptions | None = None
     base_model: str | None = None
     input: list[int] | str | None = None
     dtype: str | None = None
@@ -147,7 +147,11 @@ def _explain(error: ValidationError, content: Mapping[str, Any]) -> str:
         part: Any = Recipe
         for step in first["loc"][:-1]:
             field = part.model_fields.get(step) if isinstance(step, str) and isinstance(part, type) else None
-            part = part if field is None else {"align": Alignment, "data": Data, "models": Member}.get(str(step), part)
+            part = (
+                part
+                if field is None
+                else {"align": AlignOptions, "data": DataOptions, "models": ParentOptions}.get(str(step), part)
+            )
         known = list(part.model_fields)
         return f"unknown key {where}{did_you_mean(str(first['loc'][-1]), known)}: the keys are {', '.join(known)}"
     if first["type"] == "missing":

@@ -17,7 +17,7 @@ from isthmus.explain.questions import answer_questions
 from isthmus.explain.similarity import cka_matrix
 from isthmus.explain.spectrum import Spectra, measure_spectra
 from isthmus.explain.taylor import taylor_barrier
-from isthmus.explain.units import MERGED, NAIVE, Units, measure_units
+from isthmus.explain.units import MERGED, NAIVE, UnitFates, measure_units
 from isthmus.match import align
 from isthmus.match.straight_through import StraightThrough
 from isthmus.measure.connect import connect
@@ -27,8 +27,8 @@ from isthmus.progress import progress
 from isthmus.registry import did_you_mean
 from isthmus.report.page import write_report
 from isthmus.runs.explained_facts import describe_space, describe_spectra
-from isthmus.runs.facts import finite
-from isthmus.runs.load_run import Run, load_run
+from isthmus.runs.facts import plain_json
+from isthmus.runs.load_run import FinishedRun, load_run
 from isthmus.runs.prepare import mend
 from isthmus.symmetry.alignment import apply
 
@@ -38,7 +38,7 @@ TAYLOR_INPUTS, TAYLOR_TARGETS, TAYLOR_BATCH = 1000, 10_000, 50
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ExplainOptions:
     """What to explain, and how thoroughly.
 
     Attributes:
@@ -74,7 +74,7 @@ class Wishes:
             )
 
 
-def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
+def explain_run(folder: Path, wishes: ExplainOptions | None = None) -> dict[str, Any]:
     """Adds to a run folder's report what became of units and singular directions; returns the report.
 
     `report.json` gains the key `explain`, `features.json` holds the pictures, and the page is written anew. Units are
@@ -85,7 +85,7 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
         DataError: The run had no data, or it cannot be read.
         InputError: A file has changed since the run, or a wish cannot be met.
     """
-    wishes = wishes or Wishes()
+    wishes = wishes or ExplainOptions()
     wishes.check()
     start = time.perf_counter()
     run = load_run(Path(folder))
@@ -139,12 +139,12 @@ def explain_run(folder: Path, wishes: Wishes | None = None) -> dict[str, Any]:
     }
     report = {**run.report, "explain": told}
     write_text(run.folder / "features.json", json.dumps(features))
-    write_text(run.folder / "report.json", json.dumps(finite(report), indent=1, ensure_ascii=False))
+    write_text(run.folder / "report.json", json.dumps(plain_json(report), indent=1, ensure_ascii=False))
     write_report(run.folder)
     return report
 
 
-def _variance_ratios(run: Run, units: Units, scored: Batches) -> dict[str, dict[str, float | None]]:
+def _variance_ratios(run: FinishedRun, units: UnitFates, scored: Batches) -> dict[str, dict[str, float | None]]:
     """By space, the variance of merged units over their models': naive and aligned before repair, and of the result."""
     count = len(run.inputs.models)
     bare = {
@@ -163,13 +163,13 @@ def _variance_ratios(run: Run, units: Units, scored: Batches) -> dict[str, dict[
     return found
 
 
-def _draw(run: Run, units: Units, scored: Batches, wishes: Wishes) -> Gallery | None:
+def _draw(run: FinishedRun, units: UnitFates, scored: Batches, wishes: ExplainOptions) -> Gallery | None:
     """The gallery; None where the networks take no images, or none is wished for.
 
     Spaces whose units a linear map mixes are left out, unless there are no others.
     """
     unmixed = [name for name, own in units.spaces.items() if not own.mixes]
-    if not wishes.units or not units.spaces or not takes_images(run.symmetry.program.program):
+    if not wishes.units or not units.spaces or not takes_images(run.symmetry.traced.program):
         return None
     names = next(iter(units.spaces.values())).names
     networks = dict(zip(names, run.parents, strict=True)) | {MERGED: run.merged, NAIVE: run.naive}
@@ -190,11 +190,11 @@ def _draw(run: Run, units: Units, scored: Batches, wishes: Wishes) -> Gallery | 
     )
 
 
-def _not_drawn(run: Run, units: Units, wishes: Wishes) -> str | None:
+def _not_drawn(run: FinishedRun, units: UnitFates, wishes: ExplainOptions) -> str | None:
     """Why units are not drawn that the wishes ask for, in a sentence; None if all can be."""
     if not wishes.units or not units.spaces:
         return None
-    if not takes_images(run.symmetry.program.program):
+    if not takes_images(run.symmetry.traced.program):
         return "No unit is drawn: the networks take no images."
     mixed = [name for name, own in units.spaces.items() if own.mixes]
     if len(mixed) in (0, len(units.spaces)):
@@ -205,7 +205,7 @@ def _not_drawn(run: Run, units: Units, wishes: Wishes) -> str | None:
     )
 
 
-def _compare_layers(run: Run, scored: Batches) -> list[dict[str, Any]]:
+def _compare_layers(run: FinishedRun, scored: Batches) -> list[dict[str, Any]]:
     """CKA between the layers of the first two models, and of each with the merged network."""
     names = ("A", "B")
     networks = {"A": run.inputs.models[0], "B": run.inputs.models[1], MERGED: run.merged}
@@ -217,7 +217,7 @@ def _compare_layers(run: Run, scored: Batches) -> list[dict[str, Any]]:
     return found
 
 
-def _judge(run: Run, spectra: Spectra, scored: Batches) -> dict[str, Any]:
+def _judge(run: FinishedRun, spectra: Spectra, scored: Batches) -> dict[str, Any]:
     """The Taylor estimate and the verdicts on the claims, for which the models are matched in three ways."""
     calibration = run.inputs.calibration
     assert calibration is not None

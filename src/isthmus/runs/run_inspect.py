@@ -16,13 +16,13 @@ from isthmus.models.structure import parameters_on_meta
 from isthmus.runs.example import example_input, sample_shapes
 from isthmus.runs.facts import describe_proof, describe_symmetry
 from isthmus.runs.inputs import load_data_of
-from isthmus.runs.recipe import Data
+from isthmus.runs.recipe import DataOptions
 from isthmus.tracing.proof import verify
 from isthmus.tracing.trace import trace
 
 
 def _build_example(
-    architecture: str, shape: Sequence[int] | str | None, data: Data | None, *, weights: bool
+    architecture: str, shape: Sequence[int] | str | None, data: DataOptions | None, *, weights: bool
 ) -> tuple[nn.Module, Batch, str]:
     """A model, inputs on which it runs, and what was assumed to make these.
 
@@ -52,7 +52,7 @@ def _build_example(
 
 
 def inspect_model(
-    architecture: str, shape: Sequence[int] | str | None, data: Data | None, *, prove: bool = True
+    architecture: str, shape: Sequence[int] | str | None, data: DataOptions | None, *, prove: bool = True
 ) -> dict[str, Any]:
     """A model's spaces and frozen axes, and the proof that they are right.
 

@@ -83,7 +83,7 @@ class Alignment:
         """Whether every transform is a permutation, which keeps each model's function."""
         return all(isinstance(t, Permutation) for transforms in self.transforms for t in transforms.values())
 
-    def prepared(self, state: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+    def folded_state(self, state: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
         """The state of a model as the transforms expect it: its norms' gains folded, if the alignment says so.
 
         Raises:
@@ -96,7 +96,7 @@ class Alignment:
         return self.symmetries[index] if self.symmetries else self.symmetry
 
     @property
-    def frame(self) -> int:
+    def frame_model(self) -> int:
         """Number of the first model that is of the common frame's widths."""
         return next((i for i, own in enumerate(self.symmetries) if own.shapes == self.symmetry.shapes), 0)
 
@@ -205,6 +205,6 @@ def apply(alignment: Alignment, model: nn.Module, index: int, module: nn.Module 
     if module is None and own.shapes != alignment.symmetry.shapes:
         raise InputError(f"model {index} has other widths than the common frame: give module=, a model of those widths")
     moved = copy.deepcopy(model if module is None else module)
-    state = alignment.prepared(model.state_dict(), index)
+    state = alignment.folded_state(model.state_dict(), index)
     moved.load_state_dict(move_state(state, alignment.transforms[index], own))
     return moved

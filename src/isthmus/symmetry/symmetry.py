@@ -10,6 +10,7 @@ from typing import Any
 from isthmus.errors import SymmetryError
 from isthmus.symmetry.encoding import decode_site, encode_site
 from isthmus.symmetry.spaces import Consumer, Frozen, Gain, Gauge, Group, Site, Space
+from isthmus.symmetry.traced_graph import Graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Symmetry:
         untouched: Floating-point tensors that no traced operation reads.
         gains: The gains of norms, and whether their consumers can take them in.
         gauges: Signs and scales that single units are free to take, and turns of pairs of units.
-        program: The captured graph, from which activations are read; None after loading from JSON.
+        graph: The traced graph, from which activations are read; None after loading from JSON.
     """
 
     spaces: tuple[Space, ...]
@@ -34,7 +35,7 @@ class Symmetry:
     untouched: tuple[str, ...] = ()
     gains: tuple[Gain, ...] = ()
     gauges: tuple[Gauge, ...] = ()
-    program: Any = field(default=None, repr=False)
+    graph: Graph | None = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> Space:
         for space in self.spaces:
@@ -57,6 +58,17 @@ class Symmetry:
         for alias, name in self.tied.items():
             if alias in state:
                 state[alias] = state[name]
+
+    @property
+    def traced(self) -> Graph:
+        """The traced graph.
+
+        Raises:
+            SymmetryError: There is none, as after loading from JSON.
+        """
+        if self.graph is None:
+            raise SymmetryError("the symmetry was loaded without its graph: trace the model again")
+        return self.graph
 
     @property
     def free_units(self) -> int:

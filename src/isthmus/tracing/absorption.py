@@ -46,7 +46,7 @@ class Readers:
     obstacle: str = ""
 
 
-def settle(tracing: Tracing, program: Program) -> list[Gain]:
+def absorb_gains(tracing: Tracing, program: Program) -> list[Gain]:
     """The gains of the graph; records evidence against rotations where one cannot be taken in, or a square is used."""
     uses: dict[str, list[GainUse]] = defaultdict(list)
     for use in tracing.gain_uses:

@@ -9,10 +9,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from isthmus.tracing.labels import Value, compress, simplify, support
-from isthmus.tracing.units import WILDCARD, Ids, Labels, Units, broadcast_to_support, scramble
+from isthmus.tracing.units import WILDCARD, Ids, Labels, UnitTable, broadcast_to_support, scramble
 
 
-def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = False) -> Value:
+def reduce(units: UnitTable, value: Value, dims: Sequence[int], *, keepdim: bool = False) -> Value:
     """The value of a symmetric reduction (sum, mean, maximum, …) over `dims`."""
     ndim = len(value.shape)
     gone = {d % ndim for d in dims} if ndim else set()
@@ -44,7 +44,7 @@ def reduce(units: Units, value: Value, dims: Sequence[int], *, keepdim: bool = F
     return Value(shape, simplify(units, [layer for layer in layers if support(layer)]))
 
 
-def _entangled(units: Units, layer: Labels, layers: Sequence[Labels], gone: set[int]) -> list[Labels]:
+def _entangled(units: UnitTable, layer: Labels, layers: Sequence[Labels], gone: set[int]) -> list[Labels]:
     """The layers whose units meet those of `layer`, along a reduction's axes, some at one place and some at another.
 
     Each layer is reduced on its own. That is right where, place by place, the units of one layer meet all those of the
@@ -78,7 +78,7 @@ def _meet_alike(a: Ids, b: Ids, place: Ids) -> bool:
     return bool((both == alone * other).all())
 
 
-def _reduce_layer(units: Units, layer: Labels, dims: Sequence[int]) -> Labels:
+def _reduce_layer(units: UnitTable, layer: Labels, dims: Sequence[int]) -> Labels:
     """The labels of the blocks that remain when a layer is reduced over some of the dimensions that it varies along."""
     kept_shape = tuple(1 if d in dims else size for d, size in enumerate(layer.shape))
     kept_index = np.broadcast_to(np.arange(int(np.prod(kept_shape))).reshape(kept_shape), layer.shape).ravel()
@@ -125,7 +125,7 @@ def _reduce_layer(units: Units, layer: Labels, dims: Sequence[int]) -> Labels:
     return compress(out.reshape(kept_shape))
 
 
-def pin(units: Units, value: Value, dims: Sequence[int], text: str) -> Value:
+def pin(units: UnitTable, value: Value, dims: Sequence[int], text: str) -> Value:
     """The value with `dims` reduced to size 1 after fixing what lies along them."""
     gone = {d % len(value.shape) for d in dims}
     for layer in value.layers:

@@ -16,7 +16,7 @@ from torch.fx.node import map_aggregate
 
 from isthmus.tracing.execute import Rule, Tracing, freeze_value, operation_name
 from isthmus.tracing.labels import Choice, Names, Value, simplify, support
-from isthmus.tracing.units import Units
+from isthmus.tracing.units import UnitTable
 
 # Operations that compute the result in one slot from what stands in that slot alone, unless a sum runs over slots.
 SLOTWISE = {f"aten.{name}" for name in ("linear", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum")}
@@ -54,7 +54,9 @@ def choose(tracing: Tracing, x: Value, dim: int, names: Names, places: tuple[int
     return Choice(tuple(values), Value(shape, (slots,) if count > 1 else ()), names.history)
 
 
-def spread(tracing: Tracing, node: fx.Node, arguments: SimpleNamespace, rule: Rule, slotwise: bool) -> Any:
+def apply_to_alternatives(
+    tracing: Tracing, node: fx.Node, arguments: SimpleNamespace, rule: Rule, slotwise: bool
+) -> Any:
     """An operation on choices: executed for every alternative, or once after they have been settled."""
     choices: list[Choice] = []
     map_aggregate(vars(arguments), lambda x: choices.append(x) if isinstance(x, Choice) else None)
@@ -62,7 +64,7 @@ def spread(tracing: Tracing, node: fx.Node, arguments: SimpleNamespace, rule: Ru
     slotwise = slotwise or operation_name(node).removesuffix("_") in SLOTWISE
     where = _follow(tracing, node, arguments, rule, choices) if same and slotwise else None
     if where is None:
-        return rule(tracing, node, _replaced(arguments, lambda c: _settle(tracing.units, c)))
+        return rule(tracing, node, _replaced(arguments, lambda c: _relate_alternatives(tracing.units, c)))
     units = tracing.units
     before = units.occurrences, units.relations
     outcomes, occurred, related = [], [], []
@@ -134,7 +136,7 @@ def _follow(
     return found[0]
 
 
-def _settle(units: Units, choice: Choice) -> Value:
+def _relate_alternatives(units: UnitTable, choice: Choice) -> Value:
     """One value that stands for whichever alternative was chosen in each slot."""
     first, *others = choice.values
     for other in others:

@@ -17,7 +17,7 @@ from isthmus.graph.capture import Program, module_path
 from isthmus.symmetry.traced_graph import BatchNorm, Contraction
 from isthmus.tracing.labels import Choice, Value, as_parameter, constant_value, relate_parts, rigid_value
 from isthmus.tracing.stacks import labelled_together
-from isthmus.tracing.units import WILDCARD, Ids, Units
+from isthmus.tracing.units import WILDCARD, Ids, UnitTable
 
 # Constants up to this many elements are computed for real, so that index tensors can be followed.
 LARGEST_CONSTANT = 2**24
@@ -62,7 +62,7 @@ class Tracing:
         cut: For nodes that select a part of a value, the units that are in no part of it.
     """
 
-    units: Units = field(default_factory=Units)
+    units: UnitTable = field(default_factory=UnitTable)
     values: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, Value] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
@@ -156,7 +156,7 @@ def unused_nodes(graph: fx.Graph) -> set[fx.Node]:
     return unused
 
 
-def _note(units: Units, item: Any) -> None:
+def _note(units: UnitTable, item: Any) -> None:
     """Records that units occur in a node's value; those of all alternatives occur at one place."""
     if isinstance(item, Choice):
         kinds = {tuple(layer.shape for layer in value.layers) for value in item.values}
@@ -272,7 +272,7 @@ def _has_choice(argument: Any) -> bool:
     return bool(found)
 
 
-def freeze_names(units: Units, value: Value) -> None:
+def freeze_names(units: UnitTable, value: Value) -> None:
     """Fixes the units that a tensor of indices names, where something else than a look-up reads the indices."""
     if value.names is not None:
         units.freeze(value.names.ids, "an operation reads their indices")
@@ -310,7 +310,7 @@ def values_in(argument: Any) -> list[Value]:
     return found
 
 
-def _fold_constant(units: Units, node: fx.Node, op: OpOverload, arguments: SimpleNamespace) -> Any:
+def _fold_constant(units: UnitTable, node: fx.Node, op: OpOverload, arguments: SimpleNamespace) -> Any:
     """The operation's numbers, where all that it reads is constant; None where it is not."""
     values = values_in(vars(arguments))
     if any(value.constant is None for value in values) or torch.Tag.nondeterministic_seeded in op.tags:
@@ -357,7 +357,7 @@ def _without_rule(tracing: Tracing, node: fx.Node) -> Any:
     return node.meta.get("val") if shapes is None else rigid_value(tracing.units, shapes)
 
 
-def freeze_value(units: Units, value: Value, text: str, *, expected: bool = True) -> None:
+def freeze_value(units: UnitTable, value: Value, text: str, *, expected: bool = True) -> None:
     """Fixes every unit that a value carries."""
     for layer in value.layers:
         units.freeze(layer, text, expected=expected)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.tracing.units import WILDCARD, Ids, Labels, Units, broadcast_to_support
+from isthmus.tracing.units import WILDCARD, Ids, Labels, UnitTable, broadcast_to_support
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ def lift(layer: Labels, ndim: int) -> Labels:
     return layer.reshape((1,) * (ndim - layer.ndim) + layer.shape)
 
 
-def simplify(units: Units, layers: Sequence[Labels], *, related: bool = False) -> tuple[Labels, ...]:
+def simplify(units: UnitTable, layers: Sequence[Labels], *, related: bool = False) -> tuple[Labels, ...]:
     """The layers without those that another layer determines.
 
     What follows from two layers on one axis is drawn before one of them goes, unless that was done (`related`).
@@ -112,7 +112,7 @@ def simplify(units: Units, layers: Sequence[Labels], *, related: bool = False) -
     return tuple(layers[k] for k in sorted(alive))
 
 
-def _without_joint(units: Units, layers: list[Labels], *, related: bool) -> list[Labels]:
+def _without_joint(units: UnitTable, layers: list[Labels], *, related: bool) -> list[Labels]:
     """The layers without those that a layer of units and a layer of fixed positions determine together.
 
     A layer over units and positions whose every unit is inside of one unit of another layer, itself told apart on
@@ -138,13 +138,13 @@ def _without_joint(units: Units, layers: list[Labels], *, related: bool) -> list
     return layers
 
 
-def _tells_apart(units: Units, layer: Labels) -> bool:
+def _tells_apart(units: UnitTable, layer: Labels) -> bool:
     """Whether no two positions of a layer have the same label."""
     root = units.find(layer)
     return len(np.unique(root)) == root.size and not (root == WILDCARD).any()
 
 
-def _join_fixed(units: Units, layers: list[Labels]) -> list[Labels]:
+def _join_fixed(units: UnitTable, layers: list[Labels]) -> list[Labels]:
     """The layers with those of fixed positions that overlap made into one."""
     fixed = [layer for layer in layers if units.is_frozen(layer).all()]
     others = [layer for layer in layers if not any(layer is x for x in fixed)]
@@ -167,7 +167,7 @@ def _determines(fine: Labels, coarse: Labels, distinct: int, size: int) -> bool:
     return len(np.unique((a + 1) * (size + 1) + (b + 1))) == distinct
 
 
-def one_to_one(units: Units, left: Labels, right: Labels) -> bool:
+def one_to_one(units: UnitTable, left: Labels, right: Labels) -> bool:
     """Whether two layers tell the same positions apart, all of them."""
     if left.shape != right.shape:
         return False
@@ -176,7 +176,7 @@ def one_to_one(units: Units, left: Labels, right: Labels) -> bool:
     return bool((pairs != WILDCARD).all()) and pairs.shape[1] == len(np.unique(a)) == len(np.unique(b))
 
 
-def merge(units: Units, values: Sequence[Value]) -> Value:
+def combine(units: UnitTable, values: Sequence[Value]) -> Value:
     """The value of an elementwise operation: shapes broadcast, layers that meet are related."""
     shape = tuple(np.broadcast_shapes(*(value.shape for value in values)))
     merged: list[Labels] = []
@@ -193,7 +193,7 @@ def merge(units: Units, values: Sequence[Value]) -> Value:
     return Value(shape, simplify(units, merged, related=True))
 
 
-def _relate_jointly(units: Units, layer: Labels, others: Sequence[Labels]) -> None:
+def _relate_jointly(units: UnitTable, layer: Labels, others: Sequence[Labels]) -> None:
     """Draws what follows from a layer and several others that lie along different axes of it, taken together.
 
     A bias for each distance between two positions meets every first and every second position: pair by pair nothing
@@ -231,12 +231,12 @@ def _is_rectangular(roots: Sequence[Labels]) -> bool:
     return bool((met == expected)[ids != WILDCARD].all())
 
 
-def rigid_value(units: Units, shape: Sequence[int]) -> Value:
+def rigid_value(units: UnitTable, shape: Sequence[int]) -> Value:
     """A value whose every position is fixed."""
     return Value(tuple(shape), rigid_layers(units, shape, range(len(shape))))
 
 
-def rigid_layers(units: Units, shape: Sequence[int], dims: Sequence[int]) -> tuple[Labels, ...]:
+def rigid_layers(units: UnitTable, shape: Sequence[int], dims: Sequence[int]) -> tuple[Labels, ...]:
     """One layer of fixed positions for each of `dims`."""
     layers = []
     for d in dims:
@@ -247,7 +247,7 @@ def rigid_layers(units: Units, shape: Sequence[int], dims: Sequence[int]) -> tup
     return tuple(layers)
 
 
-def constant_value(units: Units, tensor: Tensor) -> Value:
+def constant_value(units: UnitTable, tensor: Tensor) -> Value:
     """The value of numbers that depend on no parameter or input: fixed along each dimension in which they vary."""
     varying = [
         d
@@ -258,12 +258,12 @@ def constant_value(units: Units, tensor: Tensor) -> Value:
     return Value(tuple(tensor.shape), layers, constant=tensor)
 
 
-def with_rigid(units: Units, value: Value, shape: Sequence[int], dims: Sequence[int]) -> Value:
+def with_rigid(units: UnitTable, value: Value, shape: Sequence[int], dims: Sequence[int]) -> Value:
     """The value grown to `shape` with fresh fixed positions along `dims`, where it had size 1."""
     return Value(tuple(shape), (*value.layers, *rigid_layers(units, shape, dims)))
 
 
-def _join(units: Units, layers: Sequence[Labels]) -> Labels:
+def _join(units: UnitTable, layers: Sequence[Labels]) -> Labels:
     """One layer that stands for several: a unit for each combination that occurs, inside each of its parts."""
     arrays = np.broadcast_arrays(*layers)
     roots = [units.find(array.ravel()) for array in arrays]
@@ -279,7 +279,7 @@ def _join(units: Units, layers: Sequence[Labels]) -> Labels:
     return compress(ids[index.ravel()].reshape(arrays[0].shape))
 
 
-def concatenate(units: Units, values: Sequence[Value], dim: int) -> Value:
+def concatenate(units: UnitTable, values: Sequence[Value], dim: int) -> Value:
     """The value of joining values along `dim`."""
     dim %= len(values[0].shape)
     shape = list(values[0].shape)
@@ -309,7 +309,7 @@ def concatenate(units: Units, values: Sequence[Value], dim: int) -> Value:
 
 
 def _concatenate_layers(
-    units: Units, parts: Sequence[Labels | None], lengths: Sequence[int], dim: int, ndim: int
+    units: UnitTable, parts: Sequence[Labels | None], lengths: Sequence[int], dim: int, ndim: int
 ) -> list[Labels]:
     """Layers joined along `dim`, and a layer that names the part where labels alone would not tell."""
     blank = np.full((1,) * ndim, WILDCARD)
@@ -335,14 +335,14 @@ def _concatenate_layers(
     return [joined, parts_layer(units, lengths, dim, ndim)]
 
 
-def parts_layer(units: Units, lengths: Sequence[int], dim: int, ndim: int) -> Labels:
+def parts_layer(units: UnitTable, lengths: Sequence[int], dim: int, ndim: int) -> Labels:
     """A layer that says which of several parts, side by side along `dim`, a position belongs to."""
     layout = [1] * ndim
     layout[dim] = sum(lengths)
     return np.repeat(units.rigid(len(lengths)), lengths).reshape(layout)
 
 
-def canonical(units: Units, layer: Labels) -> Labels:
+def canonical(units: UnitTable, layer: Labels) -> Labels:
     """A layer of fixed units re-labelled by rank, so that fixed axes of different origin compare equal."""
     if not units.is_frozen(layer).all():
         return layer
@@ -350,14 +350,14 @@ def canonical(units: Units, layer: Labels) -> Labels:
     return units.rigid(int(index.max()) + 1)[index].reshape(layer.shape)
 
 
-def contains(units: Units, layers: Sequence[Labels], wanted: Labels) -> bool:
+def contains(units: UnitTable, layers: Sequence[Labels], wanted: Labels) -> bool:
     """Whether `wanted` is among `layers`, up to units known to be the same."""
     return any(
         layer.shape == wanted.shape and np.array_equal(units.find(layer), units.find(wanted)) for layer in layers
     )
 
 
-def identifies(units: Units, value: Value) -> bool:
+def identifies(units: UnitTable, value: Value) -> bool:
     """Whether no two positions of a value have the same labels; may say no where it is hard to tell."""
     along = [d for layer in value.layers for d in support(layer)]
     every = [d for d, size in enumerate(value.shape) if size > 1]
@@ -365,7 +365,7 @@ def identifies(units: Units, value: Value) -> bool:
 
 
 def as_parameter(
-    units: Units, name: str, shape: Sequence[int], groups: Sequence[tuple[int, ...]] | None = None
+    units: UnitTable, name: str, shape: Sequence[int], groups: Sequence[tuple[int, ...]] | None = None
 ) -> Value:
     """A parameter's value: fresh units along each of its dimensions, or along several of them together.
 
@@ -387,7 +387,7 @@ def as_parameter(
     return Value(tuple(shape), tuple(layers), source=name)
 
 
-def relate_parts(units: Units, value: Value) -> None:
+def relate_parts(units: UnitTable, value: Value) -> None:
     """Says of a stack's units in which part they are, once it is known which of them are the same in all parts."""
     for part in value.layers:
         for layer in value.layers:
@@ -402,7 +402,7 @@ def unsqueeze(value: Value, dim: int) -> Value:
     return replace(value, shape=shape, layers=tuple(np.expand_dims(x, dim) for x in value.layers), constant=None)
 
 
-def narrow(units: Units, value: Value, dim: int, start: int, length: int) -> Value:
+def narrow(units: UnitTable, value: Value, dim: int, start: int, length: int) -> Value:
     """A slice of a value."""
     shape = (*value.shape[:dim], length, *value.shape[dim + 1 :])
     cut = [x.take(range(start, start + length), axis=dim) if x.shape[dim] > 1 else x for x in value.layers]

@@ -19,7 +19,7 @@ from isthmus.symmetry.groups import SPREAD, random_element
 from isthmus.symmetry.spaces import Group, Space
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import Permutation, Transform, Transforms, move_state
-from isthmus.tracing.random_network import DRAWS, Sample, draw
+from isthmus.tracing.random_network import DRAWS, Sample, draw_network
 
 # A control must exceed the tolerance by this factor to count as a change of the function, and not as rounding.
 CONTROL_FACTOR = 1e3
@@ -103,7 +103,7 @@ def verify(
         tolerance *= SPREAD**4
     worst = 0.0
     for _ in range(trials):
-        sample = draw(network, symmetry, (inputs, dict(kwargs or {})), rng)
+        sample = draw_network(network, symmetry, (inputs, dict(kwargs or {})), rng)
         for transforms in _draw_transforms(symmetry, rng, more):
             error, allowed = sample.change_allowed(_moved_by(transforms, sample.state, symmetry), tolerance, rng)
             worst = max(worst, error)
@@ -163,7 +163,7 @@ def _runnable(model: nn.Module) -> nn.Module:
 
 def _rounding(symmetry: Symmetry, eps: float) -> float:
     """The largest relative change of outputs that rounding explains, from the longest sum and the number of sums."""
-    graph = symmetry.program
+    graph = symmetry.traced
     depth = (
         len(symmetry.shapes) if graph is None else sum(1 for n in graph.program.graph.nodes if n.op == "call_function")
     )
@@ -193,7 +193,7 @@ def _control(
     aliases = {name: [alias for alias, first in symmetry.tied.items() if first == name] for name in symmetry.sites}
     silent, idle = list(changes), 0
     while silent and idle < DRAWS:
-        sample = draw(network, symmetry, inputs, rng)
+        sample = draw_network(network, symmetry, inputs, rng)
         moved = move_state(sample.state, {space.name: _stirred(space, rng) for space in symmetry}, symmetry)
         effects = sample.first_order(moved, {name: aliases[name] for name in silent}, rng)
         for name in silent:

@@ -298,7 +298,7 @@ class Sample:
         return self.change(state) / STEP
 
 
-def draw(network: nn.Module, symmetry: Symmetry, inputs: Any, rng: np.random.Generator) -> Sample:
+def draw_network(network: nn.Module, symmetry: Symmetry, inputs: Any, rng: np.random.Generator) -> Sample:
     """A sample whose outputs say something: finite, and not all zero as those of a small network sometimes are.
 
     Raises:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from isthmus.tracing.units import WILDCARD, Hashes, Ids, Units, scramble
+from isthmus.tracing.units import WILDCARD, Hashes, Ids, UnitTable, scramble
 
 
-def close_relations(units: Units) -> Int[np.ndarray, "edges 3"]:
+def close_relations(units: UnitTable) -> Int[np.ndarray, "edges 3"]:
     """All triples (child, parent, relation), after drawing every conclusion that two relations of one child allow."""
     while True:
         before = (
@@ -44,7 +44,7 @@ def close_relations(units: Units) -> Int[np.ndarray, "edges 3"]:
         units.freeze(found[stuck, 1], "holds units that are fixed")
 
 
-def _canonical_relations(units: Units) -> list[tuple[Ids, Ids]]:
+def _canonical_relations(units: UnitTable) -> list[tuple[Ids, Ids]]:
     """The relations between representatives, without repetitions; they replace the recorded ones."""
     unique: dict[bytes, tuple[Ids, Ids]] = {}
     for children, parents in units.relations:
@@ -79,7 +79,7 @@ def _overlapping(records: Sequence[tuple[Ids, Ids]]) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def _relate_images(units: Units, first: tuple[Ids, Ids], second: tuple[Ids, Ids]) -> None:
+def _relate_images(units: UnitTable, first: tuple[Ids, Ids], second: tuple[Ids, Ids]) -> None:
     """Two maps on one set of children induce pairs of parents; those pairs are a relation like any other."""
     shared, a, b = np.intersect1d(first[0], second[0], return_indices=True)
     if len(shared) < 2:
@@ -92,7 +92,7 @@ def _relate_images(units: Units, first: tuple[Ids, Ids], second: tuple[Ids, Ids]
             units.relate_pairs(pairs[0], pairs[1])
 
 
-def colour_units(units: Units, edges: Int[np.ndarray, "edges 3"]) -> Hashes:
+def colour_units(units: UnitTable, edges: Int[np.ndarray, "edges 3"]) -> Hashes:
     """A number for each unit, equal for units that occur at the same places and stand in the same relations.
 
     Colour refinement (Weisfeiler and Leman, 1968): start from the places of the graph where a unit occurs, and how

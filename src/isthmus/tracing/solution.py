@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from isthmus.tracing.labels import Value, compress, support
-from isthmus.tracing.units import WILDCARD, Hashes, Ids, Labels, Units, scramble
+from isthmus.tracing.units import WILDCARD, Hashes, Ids, Labels, UnitTable, scramble
 
 # A fixed unit that a unit is inside of, after the number of the relation that says so.
 Tag = tuple[int, int]
@@ -23,7 +23,7 @@ class IrregularError(Exception):
 
 
 @dataclass(eq=False)
-class Block:
+class DraftSpace:
     """A space under construction: its units' representatives, row by row, one row a copy."""
 
     roots: Int[np.ndarray, "copies size"]
@@ -54,7 +54,7 @@ class Coordinates:
 class Solution:
     """Spaces under construction, and every unit's coordinates."""
 
-    blocks: list[Block]
+    blocks: list[DraftSpace]
     coordinates: dict[int, Coordinates]
     colours: Hashes
 
@@ -81,7 +81,7 @@ class Places:
     Every look-up works on whole label arrays: a table over all units is filled for one space and cleared again.
     """
 
-    def __init__(self, units: Units, solution: Solution) -> None:
+    def __init__(self, units: UnitTable, solution: Solution) -> None:
         self.units = units
         self.solution = solution
         self._flat = np.full(units.size + 1, -1, dtype=np.int64)  # the last entry is that of wildcards

@@ -8,11 +8,11 @@ from jaxtyping import Int
 
 from isthmus.tracing.execute import Tracing
 from isthmus.tracing.relations import close_relations, colour_units
-from isthmus.tracing.solution import Block, Coordinates, IrregularError, Places, Solution, Tag
-from isthmus.tracing.units import Hashes, Ids, Units
+from isthmus.tracing.solution import Coordinates, DraftSpace, IrregularError, Places, Solution, Tag
+from isthmus.tracing.units import Hashes, Ids, UnitTable
 
 
-def solve(tracing: Tracing) -> Places:
+def find_spaces(tracing: Tracing) -> Places:
     """Finds all spaces; freezes what turns out irregular and starts again until nothing does."""
     units = tracing.units
     units.place = ("", "")
@@ -38,7 +38,7 @@ def _units_of_interest(tracing: Tracing) -> Ids:
 
 
 def _build_blocks(
-    units: Units, edges: Int[np.ndarray, "edges 3"], colours: Hashes, wanted: Ids
+    units: UnitTable, edges: Int[np.ndarray, "edges 3"], colours: Hashes, wanted: Ids
 ) -> tuple[Solution, Ids | None]:
     """Spaces from colours: exchangeable units that share what they are inside of form one copy of a space.
 
@@ -136,7 +136,7 @@ def _place_class(
         for key, family in families.items():
             row = 0 if parent is None else _flat_of(solution, base[key], parent)
             roots[row] = family
-        solution.blocks.append(Block(roots, parent, max(int(levels[r]) for r in roots.ravel())))
+        solution.blocks.append(DraftSpace(roots, parent, max(int(levels[r]) for r in roots.ravel())))
     for key, family in families.items():
         inherited = base[key]
         assert inherited is not None

@@ -8,12 +8,12 @@ from torch.export import ExportedProgram
 
 from isthmus.graph.capture import capture, state_tensors, tied_names
 from isthmus.symmetry.symmetry import Symmetry
-from isthmus.tracing.absorption import settle
+from isthmus.tracing.absorption import absorb_gains
 from isthmus.tracing.description import describe_frozen, describe_graph, describe_spaces
 from isthmus.tracing.execute import execute
 from isthmus.tracing.rotary import find_rotations
 from isthmus.tracing.rules import RULES
-from isthmus.tracing.spaces import solve
+from isthmus.tracing.spaces import find_spaces
 
 
 def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str, Any] | None = None) -> Symmetry:
@@ -36,8 +36,8 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     program = capture(model, inputs, kwargs)
     tracing = execute(program, RULES)
-    gains = settle(tracing, program)
-    places = solve(tracing)
+    gains = absorb_gains(tracing, program)
+    places = find_spaces(tracing)
     spaces, gauges, names = describe_spaces(tracing, places, list(shapes), gains)
     tied = tied_names(model)
     read = set(tracing.parameters) | {alias for alias, name in tied.items() if name in tracing.parameters}
@@ -49,5 +49,5 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
         untouched=tuple(name for name in shapes if name not in read and state[name].is_floating_point()),
         gains=tuple(gains),
         gauges=(*gauges, *find_rotations(tracing, program)),
-        program=describe_graph(tracing, places, program, names),
+        graph=describe_graph(tracing, places, program, names),
     )

@@ -41,7 +41,7 @@ def broadcast_to_support(layers: Sequence[Labels]) -> list[Labels]:
     return [array.ravel() for array in np.broadcast_arrays(*layers)]
 
 
-class Units:
+class UnitTable:
     """All units of a trace: which are one and the same, which are inside which, and which cannot move."""
 
     def __init__(self) -> None:

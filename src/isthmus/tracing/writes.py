@@ -19,7 +19,7 @@ from isthmus.tracing.labels import (
     support,
     unsqueeze,
 )
-from isthmus.tracing.units import WILDCARD, Labels, Units
+from isthmus.tracing.units import WILDCARD, Labels, UnitTable
 
 
 def mutate(tracing: Tracing, node: fx.Node, result: Any) -> None:
@@ -86,7 +86,7 @@ def _note_lost(tracing: Tracing, node: fx.Node, before: Any, after: Value) -> No
             tracing.cut.setdefault(node.name, []).append(lost)
 
 
-def _overwrite(units: Units, whole: Value, part: Value, dim: int, start: int) -> Value:
+def _overwrite(units: UnitTable, whole: Value, part: Value, dim: int, start: int) -> Value:
     """The whole with a slice along `dim` replaced by another value.
 
     Labels of the slice go into a layer of the whole that has the same shape but for `dim`, and says nothing else about
@@ -132,7 +132,7 @@ def _part_of(tracing: Tracing, view: fx.Node) -> tuple[int, int, int]:
     return 0, 0, 0
 
 
-def _rigidified(units: Units, item: Any) -> Any:
+def _rigidified(units: UnitTable, item: Any) -> Any:
     """A value with every position fixed; anything else as it is."""
     return rigid_value(units, item.shape) if isinstance(item, Value) else item
 

@@ -3,7 +3,7 @@
 import torch
 from torch._ops import OpOverload
 
-from isthmus.tracing.choices import spread
+from isthmus.tracing.choices import apply_to_alternatives
 from isthmus.tracing.execute import Rule, Rules
 from isthmus.tracing.rules.attention import ATTENTION
 from isthmus.tracing.rules.constant import CONSTANTS
@@ -40,4 +40,4 @@ def _is_pointwise(op: OpOverload) -> bool:
     return torch.Tag.pointwise in op.tags
 
 
-RULES = Rules(TABLE, _is_pointwise, mutate, spread, KEEPING_INDICES)
+RULES = Rules(TABLE, _is_pointwise, mutate, apply_to_alternatives, KEEPING_INDICES)

@@ -9,7 +9,7 @@ from torch import fx
 
 from isthmus.tracing.blocks import reduce
 from isthmus.tracing.execute import Rule, Tracing
-from isthmus.tracing.labels import Value, merge, rigid_layers, unsqueeze
+from isthmus.tracing.labels import Value, combine, rigid_layers, unsqueeze
 from isthmus.tracing.rules.contraction import contract, matmul_aligned
 from isthmus.tracing.rules.normalisation import normalised
 
@@ -29,7 +29,7 @@ def _scaled_dot_product_attention(tracing: Tracing, node: fx.Node, a: SimpleName
     if a.is_causal:
         shape = (query.shape[-2], key.shape[-2])
         masks.append(Value(shape, rigid_layers(units, shape, (0, 1))))
-    scores = merge(units, [scores, *masks])
+    scores = combine(units, [scores, *masks])
     weights = normalised(units, scores, [reduce(units, scores, [-1], keepdim=True)])
     return matmul_aligned(tracing, weights, value)
 

@@ -9,12 +9,12 @@ from torch import fx
 from isthmus.symmetry.traced_graph import Contraction
 from isthmus.tracing.blocks import pin, reduce
 from isthmus.tracing.execute import Rule, Tracing, freeze_value
-from isthmus.tracing.labels import Value, compress, merge, reshape, support, unsqueeze, with_rigid
+from isthmus.tracing.labels import Value, combine, compress, reshape, support, unsqueeze, with_rigid
 from isthmus.tracing.rules.pointwise import PERMUTATION_LEVEL, limit_sum, varying
-from isthmus.tracing.units import ORTHOGONAL_LEVEL, Labels, Units
+from isthmus.tracing.units import ORTHOGONAL_LEVEL, Labels, UnitTable
 
 
-def contract(units: Units, left: Value, right: Value, dims: list[int]) -> Value:
+def contract(units: UnitTable, left: Value, right: Value, dims: list[int]) -> Value:
     """The product of two aligned values, summed over `dims`; notes on which side of the sum parameters' units lie."""
     ndim = max(len(left.shape), len(right.shape))
     gone = {d % ndim for d in dims}
@@ -34,11 +34,11 @@ def contract(units: Units, left: Value, right: Value, dims: list[int]) -> Value:
             if value.source is None:
                 continue
             (units.contracted if summed else units.kept)[layer.ravel()] = True
-    product = merge(units, [left, right])
+    product = combine(units, [left, right])
     return reduce(units, product, sorted(gone))
 
 
-def _is_told_apart(units: Units, value: Value, ndim: int, gone: set[int]) -> bool:
+def _is_told_apart(units: UnitTable, value: Value, ndim: int, gone: set[int]) -> bool:
     """Whether no two of the positions that are summed over hold the same number: only such can be mixed at will."""
     offset = ndim - len(value.shape)
     shape = tuple(size if d + offset in gone else 1 for d, size in enumerate(value.shape))
@@ -50,7 +50,7 @@ def _is_told_apart(units: Units, value: Value, ndim: int, gone: set[int]) -> boo
     return np.unique(np.stack(labels), axis=1).shape[1] == len(labels[0])
 
 
-def _differs_in_every_row(units: Units, layer: Labels, gone: set[int], offset: int) -> bool:
+def _differs_in_every_row(units: UnitTable, layer: Labels, gone: set[int], offset: int) -> bool:
     """Whether a layer that varies along one summed dimension, and others, gives each place of a sum another label."""
     summed = [d for d in support(layer) if d + offset in gone]
     if len(gone) != 1 or len(summed) != 1:
@@ -74,11 +74,11 @@ def _linear(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return with_bias(tracing.units, out, a.bias)
 
 
-def with_bias(units: Units, out: Value, bias: Value | None) -> Value:
+def with_bias(units: UnitTable, out: Value, bias: Value | None) -> Value:
     """The sum of a product and a bias; units along dimensions in which the bias does not vary all receive it alike."""
     if bias is None:
         return out
-    total = merge(units, [out, bias])
+    total = combine(units, [out, bias])
     limit_sum(units, total, [out, bias])
     return total
 
@@ -200,14 +200,14 @@ def _einsum(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     if not arrow or "." in equation or any(len(set(term)) < len(term) for term in terms) or len(terms) > 2:
         return NotImplemented
     letters = result + "".join(sorted(set("".join(terms)) - set(result)))
-    aligned = [_align(value, term, letters) for value, term in zip(a.tensors, terms, strict=True)]
+    aligned = [_spread_letters(value, term, letters) for value, term in zip(a.tensors, terms, strict=True)]
     summed = [letters.index(x) for x in letters if x not in result]
     if len(aligned) == 1:
         return reduce(tracing.units, aligned[0], summed)
     return contract(tracing.units, aligned[0], aligned[1], summed)
 
 
-def _align(value: Value, term: str, letters: str) -> Value:
+def _spread_letters(value: Value, term: str, letters: str) -> Value:
     """The value with one dimension for each of `letters`, of size 1 where `term` lacks it."""
     order = [term.index(x) for x in letters if x in term]
     shape = tuple(value.shape[term.index(x)] if x in term else 1 for x in letters)

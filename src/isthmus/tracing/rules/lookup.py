@@ -11,7 +11,7 @@ from torch import fx
 from isthmus.tracing.blocks import pin, reduce
 from isthmus.tracing.choices import choose
 from isthmus.tracing.execute import Rule, Tracing, freeze_names, freeze_value, output_shapes, values_in
-from isthmus.tracing.labels import Names, Value, merge, reshape, rigid_layers, rigid_value, support, with_rigid
+from isthmus.tracing.labels import Names, Value, combine, reshape, rigid_layers, rigid_value, support, with_rigid
 from isthmus.tracing.rules.pointwise import PERMUTATION_LEVEL, limit_value
 from isthmus.tracing.rules.view import run
 from isthmus.tracing.units import WILDCARD
@@ -52,7 +52,7 @@ def _gather(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     if not shape or any(shape[d] != x.shape[d] for d in range(len(shape)) if d != dim):
         return NotImplemented
     pinned = pin(tracing.units, x, [dim], "positions that are chosen by an index")
-    out = merge(tracing.units, [pinned, Value(shape, a.index.layers), Value(shape, _fixed(tracing, shape, dim))])
+    out = combine(tracing.units, [pinned, Value(shape, a.index.layers), Value(shape, _fixed(tracing, shape, dim))])
     return Value(out.shape, out.layers)
 
 

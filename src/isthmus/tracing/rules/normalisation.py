@@ -8,10 +8,10 @@ from torch import fx
 from isthmus.symmetry.traced_graph import BatchNorm
 from isthmus.tracing.blocks import reduce
 from isthmus.tracing.execute import GainUse, Rule, Tracing
-from isthmus.tracing.labels import Value, merge, reshape, support
+from isthmus.tracing.labels import Value, combine, reshape, support
 from isthmus.tracing.rules.contraction import argument
 from isthmus.tracing.rules.pointwise import PERMUTATION_LEVEL, limit_value
-from isthmus.tracing.units import FIXING_ONES_LEVEL, ORTHOGONAL_LEVEL, Units
+from isthmus.tracing.units import FIXING_ONES_LEVEL, ORTHOGONAL_LEVEL, UnitTable
 
 
 def _along(value: Value | None, dim: int, ndim: int) -> list[Value]:
@@ -39,9 +39,9 @@ def _batch_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return normalised(tracing.units, x, parts)
 
 
-def normalised(units: Units, x: Value, parts: list[Value]) -> Value:
+def normalised(units: UnitTable, x: Value, parts: list[Value]) -> Value:
     """`x` combined with statistics and gains, which ties units to their own gain: permutations only."""
-    out = merge(units, [x, *parts])
+    out = combine(units, [x, *parts])
     limit_value(units, out, PERMUTATION_LEVEL)
     return out
 
@@ -58,7 +58,7 @@ def _layer_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     gains = [value for value in (a.weight, getattr(a, "bias", None)) if value is not None]
     if count > 1:
         return normalised(tracing.units, x, [statistics, *gains])
-    out = merge(tracing.units, [x, statistics, *gains])
+    out = combine(tracing.units, [x, statistics, *gains])
     axis = len(x.shape) - 1
     centres = str(getattr(node.target, "overloadpacket", node.target)) != "aten.rms_norm"
     level = FIXING_ONES_LEVEL if centres else ORTHOGONAL_LEVEL
@@ -87,7 +87,7 @@ def _group_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     batch, channels, *spatial = x.shape
     blocks = reshape(x, (batch, a.num_groups, channels // a.num_groups, *spatial))
     statistics = reduce(tracing.units, blocks, range(2, len(blocks.shape)), keepdim=True)
-    out = reshape(merge(tracing.units, [blocks, statistics]), x.shape)
+    out = reshape(combine(tracing.units, [blocks, statistics]), x.shape)
     gains = _along(a.weight, 1, len(x.shape)) + _along(a.bias, 1, len(x.shape))
     return normalised(tracing.units, out, gains)
 

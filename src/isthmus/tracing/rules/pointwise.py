@@ -7,8 +7,8 @@ from typing import Any
 from torch import fx
 
 from isthmus.tracing.execute import GainUse, Rule, Tracing, values_in
-from isthmus.tracing.labels import Value, lift, merge, narrow, one_to_one, support
-from isthmus.tracing.units import FIXING_ONES_LEVEL, SCALE, SIGN, Units
+from isthmus.tracing.labels import Value, combine, lift, narrow, one_to_one, support
+from isthmus.tracing.units import FIXING_ONES_LEVEL, SCALE, SIGN, UnitTable
 
 # Evidence levels: 0 says that only linear maps were seen, 3 that a unit is used as a single number.
 PERMUTATION_LEVEL = 3
@@ -28,7 +28,7 @@ FACTORS = {
 }
 
 
-def limit_value(units: Units, value: Value, level: int, factors: int = 0) -> None:
+def limit_value(units: UnitTable, value: Value, level: int, factors: int = 0) -> None:
     """Records evidence against richer groups, and all factors but `factors`, for all units of a value."""
     for layer in value.layers:
         units.limit(layer.ravel(), level, factors)
@@ -37,7 +37,7 @@ def limit_value(units: Units, value: Value, level: int, factors: int = 0) -> Non
 def pointwise(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Any operation that computes each element from the elements at its place."""
     operands = values_in(vars(a))
-    out = merge(tracing.units, operands)
+    out = combine(tracing.units, operands)
     name = str(getattr(node.target, "overloadpacket", node.target))
     if _is_square(node, name):
         tracing.squares[node.name] = out
@@ -91,7 +91,7 @@ def _gain_use(tracing: Tracing, node: fx.Node, operands: Sequence[Value], out: V
     return None
 
 
-def _limit_product(units: Units, operands: Sequence[Value], ndim: int) -> None:
+def _limit_product(units: UnitTable, operands: Sequence[Value], ndim: int) -> None:
     """Records that units are used one by one where both factors vary along their axis."""
     for index, value in enumerate(operands):
         others = {d for other in (*operands[:index], *operands[index + 1 :]) for d in varying(other, ndim)}
@@ -106,7 +106,7 @@ def varying(value: Value, ndim: int) -> set[int]:
     return {d + offset for layer in value.layers for d in support(layer)}
 
 
-def limit_sum(units: Units, out: Value, operands: Sequence[Value]) -> None:
+def limit_sum(units: UnitTable, out: Value, operands: Sequence[Value]) -> None:
     """Records that units are used one by one where an operand of a sum gives several of them the same number.
 
     Where it gives that number to all, maps that keep the ones vector keep the sum.
@@ -139,7 +139,7 @@ def _prelu(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     if a.weight.shape and a.weight.shape[0] > 1:
         shape[1] = a.weight.shape[0]
     layers = tuple(layer.reshape(shape) for layer in a.weight.layers)
-    out = merge(tracing.units, [x, Value(tuple(shape), layers)])
+    out = combine(tracing.units, [x, Value(tuple(shape), layers)])
     # A slope of each unit's own would be taken for a number that moves with the unit.
     limit_value(tracing.units, out, PERMUTATION_LEVEL, 0 if layers else SCALE)
     tracing.nonlinear += [x.name for x in node.args[:1] if isinstance(x, fx.Node)]
@@ -151,7 +151,7 @@ def _gated(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     x: Value = vars(a)["self"]
     dim = a.dim % len(x.shape)
     halves = [narrow(tracing.units, x, dim, start, x.shape[dim] // 2) for start in (0, x.shape[dim] // 2)]
-    out = merge(tracing.units, halves)
+    out = combine(tracing.units, halves)
     limit_value(tracing.units, out, PERMUTATION_LEVEL)
     tracing.nonlinear += [x.name for x in node.args[:1] if isinstance(x, fx.Node)]
     return out

@@ -8,10 +8,10 @@ from torch import fx
 
 from isthmus.tracing.blocks import pin
 from isthmus.tracing.execute import Rule, Tracing, output_shapes
-from isthmus.tracing.labels import Value, concatenate, merge, narrow, unsqueeze, with_rigid
+from isthmus.tracing.labels import Value, combine, concatenate, narrow, unsqueeze, with_rigid
 from isthmus.tracing.rules.contraction import contract, with_bias
 from isthmus.tracing.rules.pointwise import PERMUTATION_LEVEL, limit_value
-from isthmus.tracing.units import Units
+from isthmus.tracing.units import UnitTable
 
 
 def _recurrent(gates: int, states: int) -> Callable[[Tracing, fx.Node, SimpleNamespace], Any]:
@@ -55,20 +55,20 @@ def _recurrent(gates: int, states: int) -> Callable[[Tracing, fx.Node, SimpleNam
     return rule
 
 
-def _step(units: Units, x: Value, start: list[Value], weights: list[Value], gates: int) -> Value:
+def _step(units: UnitTable, x: Value, start: list[Value], weights: list[Value], gates: int) -> Value:
     """The hidden state after a step, whose time axis has size 1."""
     bias = [*weights[2:], None, None][:2]
     size = weights[1].shape[1]
     arriving = with_bias(units, contract(units, unsqueeze(x, -2), weights[0], [-1]), bias[0])
-    hidden = merge(units, [*_parts(units, arriving, gates, size), *start])
+    hidden = combine(units, [*_parts(units, arriving, gates, size), *start])
     limit_value(units, hidden, PERMUTATION_LEVEL)
     returning = with_bias(units, contract(units, unsqueeze(hidden, -2), weights[1], [-1]), bias[1])
-    hidden = merge(units, [hidden, *_parts(units, merge(units, [arriving, returning]), gates, size)])
+    hidden = combine(units, [hidden, *_parts(units, combine(units, [arriving, returning]), gates, size)])
     limit_value(units, hidden, PERMUTATION_LEVEL)
     return hidden
 
 
-def _parts(units: Units, value: Value, gates: int, size: int) -> list[Value]:
+def _parts(units: UnitTable, value: Value, gates: int, size: int) -> list[Value]:
     """A value cut into its gates."""
     return [narrow(units, value, len(value.shape) - 1, gate * size, size) for gate in range(gates)]
 
