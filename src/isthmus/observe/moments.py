@@ -1,5 +1,6 @@
 """Means and covariances of activations, within and between models, and the sums that they are made from."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,8 +30,11 @@ class SpaceMoments:
     covariance: Float[Tensor, "models units models units"]
 
     def between(self, first: int, second: int) -> Float[Tensor, "units units"]:
-        """Covariance of the units of one model with those of another."""
-        return self.covariance[first, :, second, :]
+        """Covariance of the units of one model with those of another.
+
+        The same numbers in the same layout whichever other models were read beside these two, in this order.
+        """
+        return self.covariance[first, :, second, :].contiguous()
 
     def correlation(self, first: int, second: int) -> Float[Tensor, "units units"]:
         """Correlation of the units of one model with those of another; 0 for a unit that never varies."""
@@ -72,10 +76,10 @@ class JointMoments:
     covariance: Float[Tensor, "total total"]
 
     def between(self, first: int, second: int) -> Float[Tensor, "rows columns"]:
-        """Covariance of the units of one model with those of another."""
+        """Covariance of the units of one model with those of another, as `SpaceMoments.between`."""
         starts = np.cumsum([0, *(len(mean) for mean in self.mean)])
         rows, columns = (slice(starts[model], starts[model + 1]) for model in (first, second))
-        return self.covariance[rows, columns]
+        return self.covariance[rows, columns].contiguous()
 
     def of_one_size(self) -> SpaceMoments:
         """The same moments, where the space is of one size in all models."""
@@ -109,43 +113,58 @@ class Moments:
 
 
 class Accumulator:
-    """Shifted sums of one space: numbers close to zero keep their digits whatever the units' means are."""
+    """Shifted sums of one space: numbers close to zero keep their digits whatever the units' means are.
+
+    Every model and every pair of models is summed on its own: what is read of two models is the same, bit for bit,
+    whichever other models are read beside them.
+    """
 
     def __init__(self, units: Sequence[int], device: torch.device) -> None:
         self.units = list(units)
-        total = sum(units)
         self.count = 0
-        self.shift: Tensor | None = None
-        self.total = torch.zeros(total, dtype=torch.float64, device=device)
-        self.products = torch.zeros(total, total, dtype=torch.float64, device=device)
+        self.shifts: list[Tensor] = []
+        self.totals = [torch.zeros(size, dtype=torch.float64, device=device) for size in self.units]
+        self.products = {
+            (first, second): torch.zeros(self.units[first], self.units[second], dtype=torch.float64, device=device)
+            for first, second in itertools.combinations_with_replacement(range(len(self.units)), 2)
+        }
 
     def add(self, values: Sequence[Float[Tensor, "samples _"]]) -> None:
         """Adds the same samples of every model; the mean of the first ones becomes the shift."""
         count = len(values[0])
         # Units first: that is how convolutions leave them, so that shifting is the only copy.
-        dtype = torch.float64 if any(each.dtype == torch.float64 for each in values) else torch.float32
-        rows = [each.T.to(dtype) for each in values]
-        if self.shift is None:
-            first = [each[:, :CHUNK].mean(dim=1, dtype=torch.float64).to(dtype) for each in rows]
-            self.shift = torch.cat(first)
-        shifts = self.shift.split(self.units)
-        chunk = self.shift.new_empty(len(self.shift), min(count, CHUNK))
+        rows = [each.T.to(torch.promote_types(each.dtype, torch.float32)) for each in values]
+        if not self.shifts:
+            self.shifts = [each[:, :CHUNK].mean(dim=1, dtype=torch.float64).to(each.dtype) for each in rows]
         for start in range(0, count, CHUNK):
-            part = chunk[:, : min(CHUNK, count - start)]
-            for here, each, shift in zip(part.split(self.units), rows, shifts, strict=True):
-                torch.sub(each[:, start : start + CHUNK], shift[:, None], out=here)
-            self.total += part.sum(dim=1).double()
-            self.products += (part @ part.T).double()
+            size = min(CHUNK, count - start)
+            parts = [
+                torch.sub(each[:, start : start + size], shift[:, None], out=shift.new_empty(len(shift), size))
+                for each, shift in zip(rows, self.shifts, strict=True)
+            ]
+            for total, part in zip(self.totals, parts, strict=True):
+                total += part.sum(dim=1).double()
+            for (first, second), product in self.products.items():
+                dtype = torch.promote_types(parts[first].dtype, parts[second].dtype)
+                product += (parts[first].to(dtype) @ parts[second].T.to(dtype)).double()
         self.count += count
 
     def finish(self) -> JointMoments:
         """The moments of all samples added."""
-        assert self.shift is not None
-        offset = self.total / self.count
-        covariance = self.products / self.count - torch.outer(offset, offset)
-        covariance = (covariance + covariance.T) / 2
-        mean = self.shift.double() + offset
-        return JointMoments(self.count, mean.cpu().split(self.units), covariance.cpu())
+        assert self.shifts
+        offsets = [total / self.count for total in self.totals]
+        models = range(len(self.units))
+        blocks = {
+            (first, second): product / self.count - torch.outer(offsets[first], offsets[second])
+            for (first, second), product in self.products.items()
+        }
+        for model in models:  # a product with its own transpose is symmetric but for rounding
+            blocks[model, model] = (blocks[model, model] + blocks[model, model].T) / 2
+        covariance = torch.cat(
+            [torch.cat([blocks[a, b] if a <= b else blocks[b, a].T for b in models], dim=1) for a in models]
+        )
+        mean = [shift.double() + offset for shift, offset in zip(self.shifts, offsets, strict=True)]
+        return JointMoments(self.count, tuple(each.cpu() for each in mean), covariance.cpu())
 
 
 def _require_samples(moments: Moments, needed: int, why: str) -> None:
