@@ -38,16 +38,15 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from isthmus.demo import run_demo
-
 import isthmus
+from helpers.zoo import ZOO
 from isthmus import explain
 from isthmus.average import AVERAGES
 from isthmus.checkpoint import load_module, load_state
 from isthmus.data import load_data
 from isthmus.match import CCA, METHODS, Learned, OrthogonalMatching, OTFusion, Sinkhorn, StraightThrough, ZipIt
 from isthmus.models import load_model, sample_shape, sample_tokens
-from zoo import ZOO
+from isthmus.runs.demo import run_demo
 
 # Methods that train by gradients, in a few steps.
 BRIEF = {

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from helpers.refusals import refuses
 from isthmus.errors import InputError
 from isthmus.match.assignment import SMALL, assignment_value, solve_lap, solve_laps
-from refusals import refuses
 
 
 def optimum(similarity: np.ndarray) -> float:

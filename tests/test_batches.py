@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from helpers.refusals import refuses
 from isthmus.data import check_data, read_batches
 from isthmus.data.batches import as_batch, first_batch, is_labelled
 from isthmus.errors import DataError
-from refusals import refuses
 
 X, Y = torch.randn(6, 3), torch.arange(6)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import isthmus
+from helpers.pairs import MLP, VGG_BN, data_of, symmetry, trained
 from isthmus.errors import DataError, InputError
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.measure.compare import _measuring
 from isthmus.report.bars import draw_comparison
-from pairs import MLP, VGG_BN, data_of, symmetry, trained
 
 
 def test_every_way_is_a_row_that_can_be_made_again():

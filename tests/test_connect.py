@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, RESNET20, data_of, fresh, lively, symmetry, trained
+from helpers.refusals import refuses
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.measure.connect import Curve, _barrier_of, interpolate
 from isthmus.observe.score import Ensemble
 from oracles import git_rebasin as oracle
-from pairs import CNN, MLP, RESNET20, data_of, fresh, lively, symmetry, trained
-from refusals import refuses
 
 
 def line(losses, accuracies=()) -> Curve:

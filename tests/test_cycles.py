@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import isthmus
+from helpers.pairs import CNN, MLP, data_of, lively, planted, symmetry, trained
+from helpers.refusals import refuses
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus.errors import DataError, InputError
 from isthmus.match.base import identity_transforms
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.measure.cycles import CycleError, cycle_error, pairwise_barriers
 from isthmus.symmetry import LinearMap, Permutation
-from pairs import CNN, MLP, data_of, lively, planted, symmetry, trained
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 ALL_TO_ONE = WeightMatching(restarts=1, many="all_to_one")
 

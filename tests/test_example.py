@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.refusals import refuses
 from isthmus.cli.arguments import parse_shape
 from isthmus.cli.commands import main
 from isthmus.errors import InputError
 from isthmus.runs.example import InputShape, example_input, parse_input, sample_shapes
 from isthmus.runs.recipe import ParentOptions, Recipe
-from refusals import refuses
 
 
 class Reader(nn.Module):

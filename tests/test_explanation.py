@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import isthmus
+from helpers.pairs import stir
+from helpers.refusals import refuses
 from isthmus.checkpoint import load_module
 from isthmus.data import load_data
 from isthmus.errors import CheckpointError, DataError, InputError, IsthmusError
@@ -21,8 +23,6 @@ from isthmus.runs.load_run import _with_biases
 from isthmus.runs.recipe import AlignOptions, DataOptions, ParentOptions, Recipe
 from isthmus.runs.run_explain import ExplainOptions, explain_run
 from isthmus.runs.run_merge import run_merge
-from pairs import stir
-from refusals import refuses
 
 MLP, CNN = "zoo:mlp?in_features=64&width=12&depth=2", "zoo:cnn?width=0.25"
 UNBIASED, WORDS = "explained_nets:unbiased", "explained_nets:words"

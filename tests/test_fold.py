@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import isthmus
-from pairs import CNN, RESNET20, VGG_BN, inputs_of, lively, symmetry
+from helpers.pairs import CNN, RESNET20, VGG_BN, inputs_of, lively, symmetry
 
 
 @pytest.mark.parametrize("name", [VGG_BN, RESNET20, CNN])

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 import isthmus
+from helpers.pairs import VGG_BN, lively, symmetry
+from helpers.prenorm import CENTRED, CONFIGS, REFUSED, Config, Transformer, symmetry_of, tokens, transformer
+from helpers.refusals import refuses
+from helpers.zoo import double
 from isthmus.errors import ModelError, SymmetryError, TransformError
 from isthmus.symmetry import Group, LinearMap, Permutation, Space, Symmetry, keeps_function
 from isthmus.symmetry.gains import fold_state, foldable
 from isthmus.symmetry.groups import _belongs, _complement_of_ones, nearest_element, random_element
 from isthmus.symmetry.transform import compose, invert, move_state
 from isthmus.tracing.random_network import _outputs
-from pairs import VGG_BN, lively, symmetry
-from prenorm import CENTRED, CONFIGS, REFUSED, Config, Transformer, symmetry_of, tokens, transformer
-from refusals import refuses
-from zoo import double
 
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 # float64 through at most 60 operations with sums of 14 terms: 60 · √14 · 2⁻⁵² · 8, rounded up.

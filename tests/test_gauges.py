@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import isthmus
+from helpers.pairs import MLP, VGG_BN, fresh, inputs_of, stir, symmetry
+from helpers.refusals import refuses
+from helpers.zoo import ZOO, built, double, traced
 from isthmus.errors import SymmetryError
 from isthmus.symmetry import Gauge, Symmetry
 from isthmus.symmetry.gauges import _balancing_factors, random_factors, rescaled
 from isthmus.tracing.random_network import _fresh_inputs, _outputs
-from pairs import MLP, VGG_BN, fresh, inputs_of, stir, symmetry
-from refusals import refuses
-from zoo import ZOO, built, double, traced
 
 # float64 through at most ten layers of sums of 65 terms, factors of up to two either way.
 ROUNDING = 1e-10

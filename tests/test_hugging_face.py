@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import isthmus
-from hugging_face import FAMILIES, READS, REASON, model_of, read, write
+from helpers.hugging_face import FAMILIES, READS, REASON, model_of, read, write
+from helpers.refusals import refuses
 from isthmus.checkpoint import load_module, load_state, load_weights, save_state
 from isthmus.cli.commands import main
 from isthmus.errors import ModelError
@@ -16,7 +17,6 @@ from isthmus.runs.example import example_input
 from isthmus.runs.folder import save_hugging_face
 from isthmus.runs.inputs import load_inputs
 from isthmus.runs.recipe import ParentOptions, Recipe
-from refusals import refuses
 
 pytest.importorskip("transformers", reason=REASON)
 

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from helpers.refusals import refuses
 from isthmus import trace, verify
 from isthmus.cli.commands import main
 from isthmus.cli.trees import freeze_warnings, frozen_tree, space_tree, spoken_gauges
@@ -18,7 +19,6 @@ from isthmus.models.structure import parameters_on_meta
 from isthmus.runs.facts import describe_symmetry
 from isthmus.runs.run_inspect import _build_example, inspect_model
 from isthmus.symmetry import Frozen, Symmetry
-from refusals import refuses
 
 NET = """
 import torch

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, fresh, inputs_of, lively, planted, symmetry
+from helpers.refusals import refuses
 from isthmus import Alignment, LinearMap, Permutation
 from isthmus.average.mean import Mean
 from isthmus.errors import DataError, InputError, ModelError, TransformError
-from pairs import CNN, MLP, VGG_BN, data_of, fresh, inputs_of, lively, planted, symmetry
-from refusals import refuses
 
 
 def test_the_mean_is_that_computed_by_hand():

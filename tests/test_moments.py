@@ -7,15 +7,27 @@ import torch
 from torch import nn
 
 import isthmus
+from helpers.pairs import (
+    MLP,
+    NETWORKS,
+    TRAINED,
+    VGG_BN,
+    data_of,
+    fresh,
+    inputs_of,
+    lively,
+    seen_by_hooks,
+    symmetry,
+    trained,
+)
+from helpers.refusals import refuses
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus.data.batches import as_batch
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
 from isthmus.graph.reader import Reader
 from isthmus.observe.collect import collect_joint
 from isthmus.observe.moments import CHUNK, Accumulator, SpaceMoments, _require_samples
 from oracles import git_rebasin as oracle
-from pairs import MLP, NETWORKS, TRAINED, VGG_BN, data_of, fresh, inputs_of, lively, seen_by_hooks, symmetry, trained
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 # Products are summed in float32 over 4,096 rows at most; their rounding adds up like a random walk.
 ROUNDING = float(torch.finfo(torch.float32).eps) * CHUNK**0.5  # 7.6e-6

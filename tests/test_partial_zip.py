@@ -10,14 +10,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import isthmus
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, inputs_of, lively, planted, stir, symmetry, trained
+from helpers.refusals import refuses
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus.data import Batch
 from isthmus.errors import DataError, InputError, SymmetryError, TraceError
 from isthmus.match.zipit import ZipIt, _correlations
 from isthmus.partial_merging.module import PartialZip
 from oracles import zipit as oracle
-from pairs import CNN, MLP, VGG_BN, data_of, inputs_of, lively, planted, stir, symmetry, trained
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 GROUPS = "resnet20?width=0.5&norm=group"
 SOME = [MLP, CNN, GROUPS]

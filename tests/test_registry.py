@@ -2,11 +2,11 @@
 
 import pytest
 
+from helpers.refusals import refuses
 from isthmus.average import AVERAGES
 from isthmus.errors import InputError
 from isthmus.match import METHODS
 from isthmus.registry import configure_text, spell
-from refusals import refuses
 
 
 @pytest.mark.parametrize("name", METHODS)

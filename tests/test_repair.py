@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, RESNET20, VGG_BN, data_of, fresh, inputs_of, lively, planted, symmetry, trained
+from helpers.refusals import refuses
 from isthmus import Alignment, LinearMap
 from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.observe.running_statistics import reset_statistics
 from oracles import git_rebasin as oracle
-from pairs import CNN, MLP, RESNET20, VGG_BN, data_of, fresh, inputs_of, lively, planted, symmetry, trained
-from refusals import refuses
 
 VGG = "vgg11?width=0.0625&in_channels=1"
 GROUP = "resnet20?width=0.5&norm=group&in_channels=1"

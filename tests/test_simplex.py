@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, data_of, fresh, lively, trained
+from helpers.refusals import refuses
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.measure.simplex import (
     Plane,
@@ -24,8 +26,6 @@ from isthmus.measure.simplex import (
     _triangle_grid,
 )
 from oracles import git_rebasin as oracle
-from pairs import CNN, MLP, data_of, fresh, lively, trained
-from refusals import refuses
 
 
 def three(name: str) -> list[nn.Module]:

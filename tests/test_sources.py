@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import isthmus
+from helpers.refusals import refuses
 from isthmus.checkpoint import load_state, save_state
 from isthmus.cli.commands import main
 from isthmus.data import load_data
 from isthmus.errors import DataError, ModelError
 from isthmus.models import absolute_spec, load_model, parse_spec
 from isthmus.runs.example import example_input
-from refusals import refuses
 
 NEEDS_VISION = "timm and torchvision are not in the extra `dev`, since they would replace torch by another build"
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from helpers.refusals import refuses
+from helpers.zoo import ZOO, traced
 from isthmus.errors import SymmetryError
 from isthmus.symmetry import Frozen, Group, Site, Space, Symmetry
 from isthmus.symmetry.encoding import _decode_positions, _encode_positions
-from refusals import refuses
-from zoo import ZOO, traced
 
 STRUCTURES = pytest.mark.parametrize("name", ZOO)
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))

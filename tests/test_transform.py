@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import isthmus
+from helpers.refusals import refuses
+from helpers.zoo import ZOO, built, traced
 from isthmus.errors import InputError, ModelError, TransformError
 from isthmus.symmetry import Alignment, Group, LinearMap, Permutation, Site, Space, Symmetry
 from isthmus.symmetry.transform import as_matrix, compose, invert, move_state
 from isthmus.tracing.proof import _stirred
-from refusals import refuses
-from zoo import ZOO, built, traced
 
 EPS64, EPS32 = (float(torch.finfo(dtype).eps) for dtype in (torch.float64, torch.float32))
 SEEDS = st.integers(0, 2**32 - 1)

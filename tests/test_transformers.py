@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import isthmus
+from helpers.pairs import inputs_of, lively
 from isthmus.average import AVERAGES
 from isthmus.average.fisher import Fisher
 from isthmus.average.regmean import RegMean
@@ -36,7 +37,6 @@ from isthmus.models import load_model, sample_tokens
 from isthmus.observe.layers import layers_of
 from isthmus.symmetry import Group
 from isthmus.symmetry.groups import random_element
-from pairs import inputs_of, lively
 
 GPT = "gpt?width=8&depth=1&heads=2&vocabulary=7&block=6"
 ROPE = f"{GPT}&positions=rope&norm=rms&mlp=gated"  # queries and keys are cut in two: a node with a list as its value

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import isthmus
+from helpers.pairs import MLP, VGG_BN, data_of, lively, symmetry, trained
+from helpers.refusals import refuses
 from isthmus.average.coefficients import check_coefficients
 from isthmus.errors import InputError
-from pairs import MLP, VGG_BN, data_of, lively, symmetry, trained
-from refusals import refuses
 
 
 def test_the_longest_path_counts():

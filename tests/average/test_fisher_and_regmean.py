@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import isthmus
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, symmetry, trained
 from isthmus.average.coefficients import Coefficients
 from isthmus.average.fisher import Fisher
 from isthmus.average.regmean import RegMean
 from isthmus.errors import InputError
 from isthmus.match.cca import CCA
-from pairs import CNN, MLP, VGG_BN, data_of, symmetry, trained
 
 
 def test_fisher_is_the_expected_squared_gradient():

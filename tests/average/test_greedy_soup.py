@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import isthmus
+from helpers.pairs import MLP, VGG_BN, data_of, planted, stir, symmetry, trained
+from helpers.refusals import refuses
 from isthmus.average.greedy_soup import GreedySoup
 from isthmus.data.batches import split_batches
 from isthmus.errors import DataError, InputError
 from isthmus.observe.running_statistics import normalisation_layers, reset_statistics
-from pairs import MLP, VGG_BN, data_of, planted, stir, symmetry, trained
-from refusals import refuses
 
 
 def wrecked(spec):

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, RESNET20, VGG_BN, data_of, fresh, lively, symmetry, trained
 from isthmus.average.pleas import PLeaS
 from isthmus.errors import DataError, InputError
 from isthmus.observe.layers import folded, layers_of
 from isthmus.symmetry.transform import move_state
-from pairs import CNN, MLP, RESNET20, VGG_BN, data_of, fresh, lively, symmetry, trained
 
 
 def rows_of(model: nn.Module, layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import isthmus
+from helpers.pairs import MLP, lively
 from isthmus.average.dare import Dare
 from isthmus.average.slerp import Slerp, _along_arc
 from isthmus.average.task_arithmetic import TaskArithmetic
 from isthmus.average.ties import Ties
 from isthmus.errors import InputError
-from pairs import MLP, lively
 
 
 def flat(model: torch.nn.Module) -> np.ndarray:

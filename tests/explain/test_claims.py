@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import isthmus
+from helpers.pairs import MLP, data_of, symmetry, trained
 from isthmus.errors import InputError
 from isthmus.explain import claims
 from isthmus.explain.claims import FAILS, HOLDS, PARTLY, _split_gains, judge_claims, top_share
@@ -16,7 +17,6 @@ from isthmus.explain.spectrum import LayerSpectrum, Overlap, Spectra, measure_sp
 from isthmus.explain.taylor import TaylorBarrier, taylor_barrier
 from isthmus.match.base import identity_transforms
 from isthmus.symmetry import Alignment
-from pairs import MLP, data_of, symmetry, trained
 
 VALUES = (10.0, 5.0, 2.0, 1.0)
 

@@ -10,7 +10,10 @@ from torch import nn
 
 import isthmus
 import isthmus.explain.target
-from coloured import coloured
+from helpers.coloured import coloured
+from helpers.pairs import MLP, RESNET20, VGG_BN, data_of, lively, planted, stir, symmetry, trained
+from helpers.refusals import refuses
+from helpers.zoo import ZOO, Net
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
 from isthmus.explain.ascent import _generator_of
 from isthmus.explain.features import respond, visualise, visualise_many
@@ -18,9 +21,6 @@ from isthmus.explain.images import high_frequency_share, measure_images, spectru
 from isthmus.explain.parametrisations import PARAMETRISATIONS, FourierImages, Maco
 from isthmus.explain.target import Target
 from isthmus.registry import configure
-from pairs import MLP, RESNET20, VGG_BN, data_of, lively, planted, stir, symmetry, trained
-from refusals import refuses
-from zoo import ZOO, Net
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 # Little of an image comes through all of FadingSignal, in float32 nothing, and drawing it is refused.

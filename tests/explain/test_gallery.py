@@ -16,6 +16,8 @@ from test_questions import units
 from torch import nn
 
 import isthmus
+from helpers.pairs import MLP, data_of, planted, symmetry
+from helpers.refusals import refuses
 from isthmus.errors import InputError
 from isthmus.explain.gallery import (
     CELLS,
@@ -35,8 +37,6 @@ from isthmus.explain.gallery import (
 from isthmus.explain.units import MERGED, NAIVE, measure_units
 from isthmus.observe.moments import SpaceMoments
 from isthmus.symmetry import Alignment
-from pairs import MLP, data_of, planted, symmetry
-from refusals import refuses
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PLANTED = 37  # in the second batch

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coloured import coloured
+from helpers.coloured import coloured
 from isthmus.explain.images import high_frequency_share, measure_images, spectrum_of
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from coloured import coloured
+from helpers.coloured import coloured
 from isthmus.explain.images import measure_images
 from isthmus.explain.parametrisations import FourierImages, Maco
 

@@ -11,6 +11,9 @@ from scipy.linalg import orthogonal_procrustes
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, planted, symmetry, trained
+from helpers.refusals import refuses
+from helpers.zoo import built, traced
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
 from isthmus.explain.similarity import (
     Covariances,
@@ -28,9 +31,6 @@ from isthmus.explain.similarity import (
 )
 from isthmus.symmetry import Alignment
 from isthmus.symmetry.transform import invert
-from pairs import CNN, MLP, VGG_BN, data_of, planted, symmetry, trained
-from refusals import refuses
-from zoo import built, traced
 
 # Some 10² numbers of float64, and inverses of covariances whose condition is some 10³.
 CLOSE = 1e-9

@@ -15,6 +15,9 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, fresh, lively, planted, symmetry, trained
+from helpers.refusals import refuses
+from helpers.zoo import built, traced
 from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.explain.directions import EqualDistance, Intervention, MatchedPart, intervene, match_directions
 from isthmus.explain.spectrum import Spectra, _pairing, _summed, factorise, measure_spectra, weights_of
@@ -23,9 +26,6 @@ from isthmus.match.base import identity_transforms
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.symmetry import Alignment, Permutation, Site, Space
 from isthmus.symmetry.transform import invert, move_state
-from pairs import CNN, MLP, VGG_BN, data_of, fresh, lively, planted, symmetry, trained
-from refusals import refuses
-from zoo import built, traced
 
 # Sums of some 10³ products of float64 numbers up to one.
 CLOSE = 1e-10

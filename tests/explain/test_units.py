@@ -8,12 +8,12 @@ import torch
 from scipy.stats import pearsonr
 
 import isthmus
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, inputs_of, lively, planted, symmetry, trained
+from helpers.refusals import refuses
 from isthmus.errors import DataError, InputError
 from isthmus.explain.features import respond
 from isthmus.explain.moves import SlotMap
 from isthmus.explain.units import LOST, SHARED, _derangement, _label, _overlap, _respond_everywhere, measure_units
-from pairs import CNN, MLP, VGG_BN, data_of, inputs_of, lively, planted, symmetry, trained
-from refusals import refuses
 
 # float32 activations and products of 4,096 rows, moments of order one
 CLOSE = 1e-5

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import isthmus
+from helpers.pairs import CNN, MLP, data_of, lively, symmetry
 from isthmus.average import AVERAGES
 from isthmus.average.base import Average
 from isthmus.average.dare import Dare
 from isthmus.average.ties import Ties
-from pairs import CNN, MLP, data_of, lively, symmetry
 
 EVERY_AVERAGE = pytest.mark.parametrize("average", AVERAGES)
 # Averages that trim or drop, told not to.

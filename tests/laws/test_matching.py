@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, data_of, inputs_of, lively, stir, symmetry, trained
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus.match import METHODS
 from isthmus.match.cca import CCA
 from isthmus.match.learned import Learned
@@ -19,8 +21,6 @@ from isthmus.match.sinkhorn import Sinkhorn
 from isthmus.match.straight_through import StraightThrough
 from isthmus.symmetry import Permutation
 from isthmus.symmetry.transform import compose
-from pairs import CNN, MLP, data_of, inputs_of, lively, stir, symmetry, trained
-from zoo import ZOO as STRUCTURES
 
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 EXACT_METHOD = pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.exact])

@@ -3,12 +3,24 @@ import pytest
 import torch
 
 import isthmus
+from helpers.pairs import (
+    MLP,
+    NETWORKS,
+    TRAINED,
+    data_of,
+    inputs_of,
+    lively,
+    planted,
+    seen_by_hooks,
+    stir,
+    symmetry,
+    trained,
+)
+from helpers.refusals import refuses
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus.errors import InputError, SymmetryError
 from isthmus.match.activation_matching import ActivationMatching
 from oracles import git_rebasin as oracle
-from pairs import MLP, NETWORKS, TRAINED, data_of, inputs_of, lively, planted, seen_by_hooks, stir, symmetry, trained
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 
 @pytest.mark.parametrize("at", ["post", "pre"])

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import isthmus
+from helpers.pairs import MLP, VGG_BN, data_of, fresh, lively, symmetry
+from helpers.refusals import refuses
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
 from isthmus.match import METHODS
 from isthmus.match.base import Match
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.registry import configure
-from pairs import MLP, VGG_BN, data_of, fresh, lively, symmetry
-from refusals import refuses
 
 MODELS = [lively(MLP, 0), lively(MLP, 1)]
 

@@ -3,11 +3,11 @@
 import pytest
 
 import isthmus
+from helpers.pairs import MLP, VGG_BN, data_of, symmetry, trained
 from isthmus.data.batches import split_batches
 from isthmus.errors import DataError, InputError
 from isthmus.match import METHODS
 from isthmus.match.auto import Auto
-from pairs import MLP, VGG_BN, data_of, symmetry, trained
 
 
 def models_of(name: str) -> list:

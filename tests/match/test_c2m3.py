@@ -10,6 +10,22 @@ from hypothesis import strategies as st
 from torch import nn
 
 import isthmus
+from helpers.pairs import (
+    CNN,
+    MLP,
+    RESNET20,
+    TRAINED,
+    VGG_BN,
+    data_of,
+    lively,
+    planted,
+    spec_of,
+    stir,
+    symmetry,
+    trained,
+)
+from helpers.refusals import refuses
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus.errors import InputError
 from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.c2m3 import C2M3, GAP, _frank_wolfe, _highest, _starting_points
@@ -21,9 +37,6 @@ from isthmus.symmetry import Permutation
 from isthmus.symmetry.transform import compose, invert
 from oracles import c2m3 as oracle
 from oracles import git_rebasin
-from pairs import CNN, MLP, RESNET20, TRAINED, VGG_BN, data_of, lively, planted, spec_of, stir, symmetry, trained
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 FRANK_WOLFE_ALONE = C2M3(restarts=1, polish=False)
 # Plain chains, shared and repeated places, nested families; and two whose families interlock.

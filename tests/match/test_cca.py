@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import isthmus
+from helpers.pairs import MLP, RESNET20, VGG_BN, data_of, symmetry, trained
 from isthmus.errors import DataError, InputError
 from isthmus.match.cca import CCA, GRID, _canonical_map
 from isthmus.match.procrustes import Procrustes, _rotation
 from isthmus.symmetry import LinearMap
 from oracles.cca import canonical_map as naive
-from pairs import MLP, RESNET20, VGG_BN, data_of, symmetry, trained
 
 
 def tables(units: int = 7, samples: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, lively, stir, symmetry
+from helpers.refusals import refuses
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus.data import Batch
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.match.base import MatchingProblem, identity_transforms
@@ -33,9 +36,6 @@ from isthmus.match.straight_through import StraightThrough
 from isthmus.symmetry import Permutation
 from isthmus.symmetry.transform import as_matrix, move_state
 from oracles import straight_through as oracle
-from pairs import CNN, MLP, VGG_BN, data_of, lively, stir, symmetry
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 # Chains, shared and repeated places, tied tensors, nested families, and two that interlock.
 SEVERAL = (

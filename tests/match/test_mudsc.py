@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 import isthmus
+from helpers.pairs import MLP, RESNET20, VGG_BN, data_of, fresh, symmetry, trained
 from isthmus.errors import InputError
 from isthmus.match.mudsc import MuDSC, _standardised
 from isthmus.symmetry import Permutation
 from isthmus.symmetry.transform import move_state
-from pairs import MLP, RESNET20, VGG_BN, data_of, fresh, symmetry, trained
 
 
 def indices(found: isthmus.Alignment) -> dict[str, np.ndarray]:

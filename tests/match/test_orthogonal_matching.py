@@ -6,6 +6,9 @@ import torch
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, inputs_of, lively, symmetry
+from helpers.prenorm import CONFIGS, symmetry_of, tokens, transformer
+from helpers.refusals import refuses
 from isthmus.errors import DataError, InputError
 from isthmus.match.coordinate_ascent import _random_start, ascend
 from isthmus.match.nested import family_of
@@ -23,9 +26,6 @@ from isthmus.symmetry import Group, LinearMap, Permutation, keeps_function
 from isthmus.symmetry.gains import fold_state
 from isthmus.symmetry.groups import random_element
 from isthmus.symmetry.transform import Transform, move_state
-from pairs import CNN, MLP, inputs_of, lively, symmetry
-from prenorm import CONFIGS, symmetry_of, tokens, transformer
-from refusals import refuses
 from test_gains import compute
 
 NAMES = ["layer, no biases", "rms, grouped, gated", "tied"]

@@ -10,6 +10,22 @@ import torch
 from torch import nn
 
 import isthmus
+from helpers.pairs import (
+    CNN,
+    MLP,
+    NETWORKS,
+    RESNET20,
+    VGG_BN,
+    data_of,
+    inputs_of,
+    lively,
+    planted,
+    stir,
+    symmetry,
+    trained,
+)
+from helpers.refusals import refuses
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError, TransformError
 from isthmus.match import METHODS
 from isthmus.match.ot_fusion import OTFusion, _entropic_plan, _exact_plan, _transform_of
@@ -17,9 +33,6 @@ from isthmus.models import load_model
 from isthmus.symmetry import Alignment, LinearMap, Permutation
 from isthmus.symmetry.symmetry import check_counterpart
 from oracles import ot_fusion as oracle
-from pairs import CNN, MLP, NETWORKS, RESNET20, VGG_BN, data_of, inputs_of, lively, planted, stir, symmetry, trained
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 WIDE = {
     MLP: MLP.replace("width=24", "width=37"),

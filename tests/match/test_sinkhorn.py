@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, lively, planted, stir, symmetry, trained
+from helpers.refusals import refuses
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus.data import Batch
 from isthmus.errors import DataError, InputError
 from isthmus.match.assignment import assignment_value, solve_lap
@@ -19,9 +22,6 @@ from isthmus.match.sinkhorn import LAMBDAS, Sinkhorn, _doubly_stochastic, _round
 from isthmus.symmetry.transform import invert
 from oracles import sinkhorn as oracle
 from oracles.straight_through import as_sample, layers_of, loss_by_batch
-from pairs import CNN, MLP, VGG_BN, data_of, lively, planted, stir, symmetry, trained
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 SMALL = "mlp?in_features=64&width=12&depth=2"
 NESTED = ("Attention", "GroupNorm", "GroupedConv", "GroupedQueries", "TiedEmbedding", "RecurrentCell")

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 import isthmus
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, lively, planted, stir, symmetry, trained
+from helpers.refusals import refuses
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus.errors import DataError, InputError
 from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import _random_start
@@ -17,9 +20,6 @@ from isthmus.match.weight_matching import WeightMatching
 from isthmus.symmetry import Permutation
 from isthmus.symmetry.transform import invert
 from oracles import straight_through as oracle
-from pairs import CNN, MLP, VGG_BN, data_of, lively, planted, stir, symmetry, trained
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 SMALL = "mlp?in_features=64&width=12&depth=2"
 TINY = "mlp?in_features=64&width=4&depth=2"

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import isthmus
+from helpers.pairs import MLP, VGG_BN, data_of, symmetry, trained
 from isthmus.errors import InputError, TransformError
 from isthmus.match.subset_selection import SubsetSelection, _greedy_subset, _select_units
 from isthmus.symmetry import LinearMap
-from pairs import MLP, VGG_BN, data_of, symmetry, trained
 
 
 def naive_greedy(covariance: np.ndarray, wanted: np.ndarray, count: int) -> list[int]:

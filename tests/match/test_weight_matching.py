@@ -7,6 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import isthmus
+from helpers.pairs import (
+    MLP,
+    NETWORKS,
+    RESNET20,
+    TRAINED,
+    VGG_BN,
+    data_of,
+    lively,
+    planted,
+    spec_of,
+    stir,
+    symmetry,
+    trained,
+)
+from helpers.refusals import refuses
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus import Permutation
 from isthmus.errors import DataError, InputError
 from isthmus.match.coordinate_ascent import _forward_start, _random_start
@@ -16,9 +32,6 @@ from isthmus.match.weight_objective import WeightObjective
 from isthmus.models import ZOO
 from isthmus.symmetry.transform import compose, move_state
 from oracles import git_rebasin as oracle
-from pairs import MLP, NETWORKS, RESNET20, TRAINED, VGG_BN, data_of, lively, planted, spec_of, stir, symmetry, trained
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 ONE_START = WeightMatching(restarts=1)
 KINDS = pytest.mark.parametrize("kind", ["random", "trained"])

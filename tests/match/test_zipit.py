@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import isthmus
+from helpers.pairs import MLP, NETWORKS, RESNET20, VGG_BN, data_of, inputs_of, lively, planted, stir, symmetry, trained
+from helpers.refusals import refuses
+from helpers.zoo import ZOO as STRUCTURES
 from isthmus.errors import InputError
 from isthmus.match.zipit import ZipIt, _correlations, _slots_of, _zip_units, _zippable
 from isthmus.observe.moments import SpaceMoments
 from isthmus.symmetry import LinearMap, Permutation
 from oracles import zipit as oracle
-from pairs import MLP, NETWORKS, RESNET20, VGG_BN, data_of, inputs_of, lively, planted, stir, symmetry, trained
-from refusals import refuses
-from zoo import ZOO as STRUCTURES
 
 SETTINGS = [(0.0, 1.0), (0.2, 0.5), (0.5, 0.5), (1.0, 0.3), (1.0, 1.0), (1.0, 0.0)]
 

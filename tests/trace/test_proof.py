@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import isthmus
+from helpers.refusals import refuses
+from helpers.zoo import ZOO, Net, built, double, traced
 from isthmus.errors import InputError, ModelError, SymmetryError, TransformError
 from isthmus.symmetry import Group, LinearMap, Permutation, Site, Space, Symmetry
 from isthmus.symmetry.groups import random_element
 from isthmus.symmetry.transform import move_state
 from isthmus.tracing.proof import _moved_by, _rounding, _stirred
 from isthmus.tracing.random_network import draw_network
-from refusals import refuses
-from zoo import ZOO, Net, built, double, traced
 
 STRUCTURES = pytest.mark.parametrize("name", ZOO)
 # Networks of the zoo are at most forty operations deep and sum at most 150 terms: eps · √150 · 40 · 8, rounded up.

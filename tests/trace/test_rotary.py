@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import isthmus
+from helpers.refusals import refuses
+from helpers.zoo import double
 from isthmus.errors import SymmetryError
 from isthmus.symmetry import Gauge
 from isthmus.symmetry.gauges import random_turns, turned
-from refusals import refuses
-from zoo import double
 
 T, D, HEADS, INNER = 5, 6, 4, 6
 # float64 through a few sums of 24 terms, scales of up to two either way.

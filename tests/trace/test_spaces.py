@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 import isthmus
+from helpers.refusals import refuses
+from helpers.zoo import ZOO, Net, built, traced
 from isthmus.errors import InputError, ModelError, TraceError
 from isthmus.symmetry import Group, Permutation
 from isthmus.symmetry.transform import move_state
-from refusals import refuses
-from zoo import ZOO, Net, built, traced
 
 STRUCTURES = pytest.mark.parametrize("name", ZOO)
 

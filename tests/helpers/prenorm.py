@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import isthmus
-from pairs import stir
+from helpers.pairs import stir
 
 VOCABULARY = 11
 LENGTH = 5

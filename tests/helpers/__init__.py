@@ -1,0 +1,1 @@
+"""What several tests need: networks, trained pairs, folders, refusals."""
