@@ -21,6 +21,7 @@ from isthmus.cli.terminal import (
     print_scores,
 )
 from isthmus.errors import IsthmusError
+from isthmus.merging.repair import REPAIRS
 from isthmus.runs.recipe import DataOptions, read_recipe
 
 # Typer does not export the base of its usage errors.
@@ -106,7 +107,7 @@ def _merge_command(
     ] = "mean",
     base: Annotated[str | None, typer.Option(help="The models' common ancestor, for averages that need it.")] = None,
     weights: Annotated[str | None, typer.Option(help="One weight a model, such as 0.7,0.3.")] = None,
-    repair: Annotated[str, typer.Option(help="reset, repair or none.")] = "reset",
+    repair: Annotated[str, typer.Option(help=f"{', '.join(REPAIRS)} or none.")] = "reset",
     data: DataName = None,
     data_dir: DataDir = None,
     samples: Samples = 10_000,
@@ -252,7 +253,7 @@ def _compare_command(
         ),
     ] = None,
     averages: Annotated[str | None, typer.Option(help="Averages, separated by commas: mean,pleas by default.")] = None,
-    repairs: Annotated[str | None, typer.Option(help="raw,reset,repair, or some of them.")] = None,
+    repairs: Annotated[str | None, typer.Option(help=f"raw,{','.join(REPAIRS)}, or some of them.")] = None,
     base: Annotated[str | None, typer.Option(help="The models' common ancestor, for averages that need it.")] = None,
     data_dir: DataDir = None,
     samples: Samples = 10_000,

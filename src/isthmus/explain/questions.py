@@ -13,7 +13,7 @@ MOST_UNITS = 0.5  # share of units that is most of them
 LEAST_DIFFERENCE = 0.1  # difference of two shares, or of two correlations, that counts
 SURVIVES = 0.3  # Spearman's correlation of how well a pair matched with how much of both is left
 COLLAPSED = 0.8  # variance of merged units over their models' below which it has collapsed
-MENDED = (0.8, 1.25)  # the same once it is mended
+REPAIRED = (0.8, 1.25)  # the same once it is repaired
 
 
 def answer_questions(
@@ -139,8 +139,8 @@ def _variance(ratios: Mapping[str, Mapping[str, float | None]], repaired: bool) 
     """What does repair change?"""
     text = "Averaging shrinks the merged units' variance, and repair gives it back."
     threshold = (
-        f"variance over that of the models, median of spaces: below {COLLAPSED} before repair, from {MENDED[0]} to "
-        f"{MENDED[1]} after"
+        f"variance over that of the models, median of spaces: below {COLLAPSED} before repair, from {REPAIRED[0]} to "
+        f"{REPAIRED[1]} after"
     )
     found = [
         [value for each in ratios.values() if (value := each.get(kind)) is not None] for kind in ("aligned", "mended")
@@ -151,4 +151,4 @@ def _variance(ratios: Mapping[str, Mapping[str, float | None]], repaired: bool) 
         return unmeasured(text, missing, threshold)
     before, after = (median(values) for values in found)
     figure = f"{before:.2f} before, {after:.2f} after"
-    return Claim(text, figure, verdict_of(before < COLLAPSED, MENDED[0] <= after <= MENDED[1]), threshold)
+    return Claim(text, figure, verdict_of(before < COLLAPSED, REPAIRED[0] <= after <= REPAIRED[1]), threshold)

@@ -20,9 +20,8 @@ from isthmus.errors import DataError, InputError, IsthmusError
 from isthmus.match import METHODS, align
 from isthmus.match.base import Match
 from isthmus.merging.merge import merge
-from isthmus.merging.repair import REPAIRS, repair
+from isthmus.merging.repair import REPAIRS, repair_as_asked
 from isthmus.observe.given import as_modules, symmetry_of
-from isthmus.observe.running_statistics import normalisation_layers
 from isthmus.observe.score import Ensemble, Score, evaluate
 from isthmus.progress import progress
 from isthmus.registry import configure_text, spell
@@ -156,7 +155,7 @@ def compare(
     symmetry = symmetry_of(modules[0], symmetry, None, calibration if calibration is not None else data)
     parents = tuple(evaluate(model, data) for model in modules)
     ensemble = evaluate(Ensemble(modules), data)
-    mending = [each for each in repairs if each != "reset" or normalisation_layers(modules[0])]
+    kinds = [each for each in repairs if each == RAW or REPAIRS[each]().changes(modules[0])]
     rows: list[Row] = []
     for method in progress(chosen, "comparing methods"):
         found, matching = _measured(partial(align, modules, symmetry, method, calibration, seed))
@@ -166,15 +165,17 @@ def compare(
                 made, averaging = _measured(
                     partial(merge, modules, found, average, data=calibration, base=base, seed=seed)
                 )
-            for kind in mending:
-                row, mended, repairing = Row(spell(method), spell(average), kind), made, Spent()
+            for kind in kinds:
+                row, repaired, repairing = Row(spell(method), spell(average), kind), made, Spent()
                 if isinstance(made, nn.Module):
-                    mended, repairing = _measured(partial(_mend, made, kind, calibration, modules, found))
-                if not isinstance(mended, nn.Module):
-                    rows.append(replace(row, note=str(mended)))
+                    repaired, repairing = _measured(
+                        partial(repair_as_asked, made, None if kind == RAW else kind, calibration, modules, found)
+                    )
+                if not isinstance(repaired, nn.Module):
+                    rows.append(replace(row, note=str(repaired)))
                 else:
                     spent = (matching, averaging, repairing)
-                    rows.append(_score_row(row, evaluate(mended, data), parents, spent))
+                    rows.append(_score_row(row, evaluate(repaired, data), parents, spent))
     return Comparison(parents, ensemble, tuple(rows))
 
 
@@ -194,19 +195,6 @@ def _measured(step: Callable[[], Any]) -> tuple[Any, "Spent"]:
         except IsthmusError as error:
             found = str(error)
     return found, spent
-
-
-def _mend(merged: nn.Module, kind: str, calibration: Any, parents: Sequence[nn.Module], found: Alignment) -> nn.Module:
-    """The merged model, repaired.
-
-    Raises:
-        DataError: Its statistics are undefined and it is to be left raw.
-    """
-    if kind == RAW:
-        if merged.needs_repair:
-            raise DataError("undefined without repair: a linear map met running variances")
-        return merged
-    return repair(merged, calibration, kind, parents=parents, alignment=found)
 
 
 def _score_row(start: Row, score: Score, parents: Sequence[Score], spent: Sequence["Spent"]) -> Row:

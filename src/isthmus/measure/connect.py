@@ -26,7 +26,7 @@ class Curve:
         accuracies: Share of right predictions; empty where targets are no classes.
         raw_losses: Mean loss with interpolated running statistics, as they are.
         raw_accuracies: The accuracies of the raw curve.
-        repair: How statistics were mended along the line: "reset" or None.
+        repair: How statistics were repaired along the line: "reset" or None.
     """
 
     lambdas: tuple[float, ...]
@@ -106,21 +106,21 @@ def connect(
         raise InputError(f"points={points}: a line needs its two ends at least")
     check_data(data)
     a, b = as_modules([model_a, model_b])
-    mending = check_mending(a, repair, calibration)
+    resets = check_reset(a, repair, calibration)
     lambdas = tuple(index / (points - 1) for index in range(points))
     places = progress([(1 - x, x) for x in lambdas], "walking the line")
-    scores = [score_merged([a, b], place, data, calibration if mending else None, loss=loss) for place in places]
+    scores = [score_merged([a, b], place, data, calibration if resets else None, loss=loss) for place in places]
     return Curve(
         lambdas=lambdas,
-        losses=tuple(mended.loss for _, mended in scores),
-        accuracies=tuple(mended.accuracy for _, mended in scores if mended.accuracy is not None),
+        losses=tuple(repaired.loss for _, repaired in scores),
+        accuracies=tuple(repaired.accuracy for _, repaired in scores if repaired.accuracy is not None),
         raw_losses=tuple(raw.loss for raw, _ in scores),
         raw_accuracies=tuple(raw.accuracy for raw, _ in scores if raw.accuracy is not None),
-        repair="reset" if mending else None,
+        repair="reset" if resets else None,
     )
 
 
-def check_mending(model: nn.Module, repair: str | None, calibration: Any) -> bool:
+def check_reset(model: nn.Module, repair: str | None, calibration: Any) -> bool:
     """Whether statistics are to be re-estimated where weights are mixed: `repair` says so, and there are some.
 
     Raises:
@@ -140,7 +140,7 @@ def check_mending(model: nn.Module, repair: str | None, calibration: Any) -> boo
 def score_merged(
     models: Sequence[nn.Module], coefficients: Sequence[float], data: Any, calibration: Any, *, loss: Loss | None = None
 ) -> tuple[Score, Score]:
-    """The score of the weights Σ c_m W_m, raw and mended.
+    """The score of the weights Σ c_m W_m, raw and repaired.
 
     Args:
         models: Modules of one architecture, in one frame.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.data.batches import check_data
 from isthmus.errors import InputError, ModelError
-from isthmus.measure.connect import Curve, check_mending, score_merged
+from isthmus.measure.connect import Curve, check_reset, score_merged
 from isthmus.merging.merge import merge
 from isthmus.observe.given import as_modules
 from isthmus.observe.running_statistics import reset_statistics
@@ -34,7 +34,7 @@ class Simplex:
         accuracies: Share of right predictions; empty where targets are no classes.
         raw_losses: Mean loss with running statistics mixed as the weights are.
         raw_accuracies: The accuracies beside the raw losses.
-        repair: How statistics were mended at every place: "reset" or None.
+        repair: How statistics were repaired at every place: "reset" or None.
     """
 
     coefficients: tuple[tuple[float, ...], ...]
@@ -190,19 +190,19 @@ def walk_simplex(
         raise InputError(f"points={points}: an edge needs its two ends at least")
     check_data(data)
     modules = as_modules(models, module)
-    mending = check_mending(modules[0], repair, calibration)
+    resets = check_reset(modules[0], repair, calibration)
     places = _triangle_grid(points or EDGE_POINTS) if len(models) == 3 else _face_centres(len(models))
     scores = [
-        score_merged(modules, place, data, calibration if mending else None, loss=loss)
+        score_merged(modules, place, data, calibration if resets else None, loss=loss)
         for place in progress(places, "walking the simplex")
     ]
     return Simplex(
         coefficients=tuple(places),
-        losses=tuple(mended.loss for _, mended in scores),
-        accuracies=tuple(mended.accuracy for _, mended in scores if mended.accuracy is not None),
+        losses=tuple(repaired.loss for _, repaired in scores),
+        accuracies=tuple(repaired.accuracy for _, repaired in scores if repaired.accuracy is not None),
         raw_losses=tuple(raw.loss for raw, _ in scores),
         raw_accuracies=tuple(raw.accuracy for raw, _ in scores if raw.accuracy is not None),
-        repair="reset" if mending else None,
+        repair="reset" if resets else None,
     )
 
 
@@ -282,13 +282,13 @@ def walk_plane(
         raise InputError(f"margin={margin}: give a share of the triangle's width, zero or more")
     check_data(data)
     modules = as_modules(models, module)
-    mending = check_mending(modules[0], "reset", calibration)
+    resets = check_reset(modules[0], "reset", calibration)
     corners = _plane_coordinates(modules)
     x, y = (_grid_lines([corner[axis] for corner in corners], points, margin) for axis in (0, 1))
     scores = []
     for row, column in progress(list(itertools.product(y, x)), "walking the plane"):
         merged = merge(modules, None, "mean", _barycentric(corners, column, row))
-        if mending:
+        if resets:
             reset_statistics(merged, calibration)
         scores.append(evaluate(merged, data, loss=loss))
     rows = [scores[start : start + len(x)] for start in range(0, len(scores), len(x))]

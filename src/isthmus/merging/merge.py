@@ -13,6 +13,7 @@ from isthmus.average.coefficients import CoefficientsLike, check_coefficients
 from isthmus.errors import DataError, InputError
 from isthmus.graph.capture import tied_names
 from isthmus.merging.fold import fold_norm_gains
+from isthmus.merging.outcome import note_outcome
 from isthmus.observe.given import as_modules, as_own_modules, check_symmetry
 from isthmus.observe.running_statistics import running_statistics
 from isthmus.registry import configure
@@ -101,8 +102,9 @@ def merge(
     merged |= {alias: merged[name] for alias, name in tied_names(architecture).items() if name in merged}
     undefined -= aligned.measured
     merged |= {name: torch.ones_like(merged[name]) for name in undefined}
-    result = _finish(architecture, merged, needs_repair=bool(undefined))
-    result.statistics_measured = running_statistics(result) <= aligned.measured  # type: ignore[assignment]
+    result = _finish(architecture, merged)
+    measured = running_statistics(result) <= aligned.measured
+    note_outcome(result, needs_repair=bool(undefined), statistics_measured=measured)
     return result
 
 
@@ -117,11 +119,10 @@ def variances_met(transforms: Transforms, symmetry: Symmetry) -> list[str]:
     ]
 
 
-def _finish(architecture: nn.Module, merged: Mapping[str, Tensor], needs_repair: bool) -> nn.Module:
+def _finish(architecture: nn.Module, merged: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the architecture with the merged tensors, in its own dtypes, in `eval()`."""
     # Some networks keep what they made of their weights for the next run in `eval()`; `train()` makes them forget it.
     model = copy.deepcopy(architecture).train().eval()
     state = model.state_dict()
     model.load_state_dict({name: merged[name].to(old.dtype) if name in merged else old for name, old in state.items()})
-    model.needs_repair = needs_repair  # type: ignore[assignment]
     return model

@@ -1,13 +1,14 @@
-"""Repair: what averaging did to the statistics of activations, mended from data. No gradient is used.
+"""Repair: what averaging did to the statistics of activations, put right from data. No gradient is used.
 
 Averaging pulls the pre-activations of merged units together: their variance collapses with depth. `reset` measures the
-running statistics of normalisation layers again; `repair` gives every unit the statistics of its parents.
+running statistics of normalisation layers again; `repair` gives every unit the statistics of its parents. A repair is a
+frozen dataclass, and one line in `REPAIRS`.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,35 +17,138 @@ from torch.nn.modules.conv import _ConvNd
 
 from isthmus.average.coefficients import CoefficientsLike, check_coefficients
 from isthmus.data.batches import Batch, check_data, read_batches
-from isthmus.errors import InputError, ModelError, TransformError
+from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.graph.capture import Program
 from isthmus.graph.reader import Reader, program_for
+from isthmus.merging.outcome import note_outcome, outcome_of
 from isthmus.observe.given import as_modules, symmetry_of
 from isthmus.observe.layers import shared_weights
 from isthmus.observe.running_statistics import normalisation_layers, reset_statistics
 from isthmus.progress import progress
+from isthmus.registry import configure
 from isthmus.state import first_float
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.groups import keeps_function
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import move_state
 
-REPAIRS = ("reset", "repair")
-
 # Standard deviations below this share of the largest are taken for units that never vary; they are only shifted.
 DEAD_DEVIATION_SHARE = 1e-6
+
+
+@runtime_checkable
+class Repair(Protocol):
+    """A way of putting statistics right: a frozen dataclass whose fields are its options.
+
+    Attributes:
+        name: Its name in `REPAIRS`.
+        text: What was done, in the words of a report.
+    """
+
+    name: ClassVar[str]
+    text: ClassVar[str]
+
+    def __call__(
+        self,
+        merged: nn.Module,
+        data: Any,
+        parents: Sequence[nn.Module | Mapping[str, Tensor]] | None,
+        alignment: Alignment | None,
+        coefficients: CoefficientsLike,
+    ) -> nn.Module:
+        """A new module with repaired statistics."""
+        ...
+
+    def changes(self, model: nn.Module) -> bool:
+        """Whether there is anything in the model that it could repair."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Estimates the running mean and variance of every BatchNorm anew; a network without one comes back as it is."""
+
+    name: ClassVar[str] = "reset"
+    text: ClassVar[str] = "BatchNorm statistics measured again"
+
+    def __call__(
+        self,
+        merged: nn.Module,
+        data: Any,
+        parents: Sequence[nn.Module | Mapping[str, Tensor]] | None,
+        alignment: Alignment | None,
+        coefficients: CoefficientsLike,
+    ) -> nn.Module:
+        """A new module with statistics measured on the data.
+
+        Raises:
+            ModelError: Statistics are undefined outside of BatchNorm modules.
+        """
+        repaired = copy.deepcopy(merged).eval()
+        if outcome_of(merged).needs_repair and not normalisation_layers(repaired):
+            raise ModelError(
+                "the merged model's running statistics are undefined, and it has no BatchNorm module to measure them "
+                "with: align by permutations, or use the model's own reset"
+            )
+        reset_statistics(repaired, data)
+        return repaired
+
+    def changes(self, model: nn.Module) -> bool:
+        """Whether the model keeps running statistics."""
+        return bool(normalisation_layers(model))
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """REPAIR: every hidden unit's pre-activation gets the mean and the standard deviation of its parents.
+
+    Source: Jordan, Sedghi, Saukh, Entezari, Neyshabur, REPAIR, ICLR 2023.
+    """
+
+    name: ClassVar[str] = "repair"
+    text: ClassVar[str] = "REPAIR: the parents' mean and spread of every unit restored"
+
+    def __call__(
+        self,
+        merged: nn.Module,
+        data: Any,
+        parents: Sequence[nn.Module | Mapping[str, Tensor]] | None,
+        alignment: Alignment | None,
+        coefficients: CoefficientsLike,
+    ) -> nn.Module:
+        """A new module with the change folded into weights and biases.
+
+        Raises:
+            InputError: No parents, or another number of them than was aligned.
+            ModelError: A bias is needed where the layer can hold none.
+            TransformError: The alignment is of linear maps.
+        """
+        if not parents:
+            raise InputError("method='repair' needs parents=, the models that were merged")
+        if alignment is not None and len(alignment) != len(parents):
+            raise InputError(
+                f"{len(parents)} parents, but the alignment holds {len(alignment)}: give the merged models"
+            )
+        return _rescale(merged, data, as_modules(parents, merged), alignment, coefficients)
+
+    def changes(self, model: nn.Module) -> bool:
+        """Any model has pre-activations."""
+        return True
+
+
+REPAIRS: dict[str, type[Repair]] = {"reset": Reset, "repair": Rescale}
 
 
 def repair(
     merged: nn.Module,
     data: Any,
-    method: str = "reset",
+    method: str | Repair = "reset",
     *,
     parents: Sequence[nn.Module | Mapping[str, Tensor]] | None = None,
     alignment: Alignment | None = None,
     coefficients: CoefficientsLike = None,
 ) -> nn.Module:
-    """A new module with the statistics of the merged one mended on training data (no labels are used).
+    """A new module with the statistics of the merged one repaired on training data (no labels are used).
 
     `"reset"` estimates the running mean and variance of every BatchNorm anew; a network without BatchNorm comes back as
     it is. `"repair"` (REPAIR) gives every hidden unit's pre-activation the mean and the standard deviation that its
@@ -54,7 +158,7 @@ def repair(
     Args:
         merged: What `merge` returned.
         data: Re-iterable batches of training data.
-        method: `"reset"` or `"repair"`.
+        method: `"reset"`, `"repair"`, or a configured repair.
         parents: For `"repair"`: the models that were merged.
         alignment: For `"repair"`: the alignment they were merged with; None if they were averaged as they are.
         coefficients: For `"repair"`: those of the merge.
@@ -66,27 +170,48 @@ def repair(
             modules.
         TransformError: `"repair"` after linear maps, under which moved parents do not compute what they did.
     """
-    if method not in REPAIRS:
-        raise InputError(f"repair method {method!r}: choose from {', '.join(REPAIRS)}")
+    chosen = configure("repair", method, REPAIRS) if isinstance(method, str) else method
     check_data(data)
-    if method == "reset":
-        mended = copy.deepcopy(merged).eval()
-        if getattr(merged, "needs_repair", False) and not normalisation_layers(mended):
-            raise ModelError(
-                "the merged model's running statistics are undefined, and it has no BatchNorm module to measure them "
-                "with: align by permutations, or use the model's own reset"
+    repaired = chosen(merged, data, parents, alignment, coefficients)
+    note_outcome(repaired, needs_repair=False)
+    return repaired
+
+
+def repair_as_asked(
+    merged: nn.Module,
+    method: str | None,
+    data: Any,
+    parents: Sequence[nn.Module | Mapping[str, Tensor]],
+    alignment: Alignment | None,
+    coefficients: CoefficientsLike = None,
+) -> nn.Module:
+    """The merged model repaired as a run asks for; itself where nothing is asked for, or nothing is left to repair.
+
+    Statistics that the average measured on the merged network itself are not reset: it fitted its layers to them.
+
+    Args:
+        merged: What `merge` returned.
+        method: A name in `REPAIRS`, or None to leave the model as it is.
+        data: Re-iterable batches of training data; None if there is none, and then nothing is repaired.
+        parents: The models that were merged.
+        alignment: The alignment they were merged with; None if they were averaged as they are.
+        coefficients: Those of the merge.
+
+    Raises:
+        DataError: The merge left undefined statistics, and nothing is to be repaired or there is no data.
+        IsthmusError: What `repair` raises.
+    """
+    noted = outcome_of(merged)
+    if method is None or data is None:
+        if noted.needs_repair:
+            raise DataError(
+                "the merged model's BatchNorm statistics are undefined, since a linear map met running variances: "
+                "give data and repair='reset' (--data and --repair reset)"
             )
-        reset_statistics(mended, data)
-    else:
-        if not parents:
-            raise InputError("method='repair' needs parents=, the models that were merged")
-        if alignment is not None and len(alignment) != len(parents):
-            raise InputError(
-                f"{len(parents)} parents, but the alignment holds {len(alignment)}: give the merged models"
-            )
-        mended = _rescale(merged, data, as_modules(parents, merged), alignment, coefficients)
-    mended.needs_repair = False  # type: ignore[assignment]
-    return mended
+        return merged
+    if method == Reset.name and noted.statistics_measured:
+        return merged
+    return repair(merged, data, method, parents=parents, alignment=alignment, coefficients=coefficients)
 
 
 @dataclass(frozen=True)
@@ -115,23 +240,20 @@ def _rescale(
     alignment: Alignment | None,
     coefficients: CoefficientsLike,
 ) -> nn.Module:
-    """REPAIR: every hidden pre-activation gets the interpolated mean and standard deviation of its parents.
-
-    Source: Jordan, Sedghi, Saukh, Entezari, Neyshabur, REPAIR, ICLR 2023.
-    """
+    """A copy in which every hidden pre-activation has the interpolated mean and standard deviation of its parents."""
     weights = check_coefficients(coefficients, len(parents), merged.state_dict())
-    mended = copy.deepcopy(merged).eval()
-    reset_statistics(mended, data)
-    symmetry = symmetry_of(mended, alignment.symmetry if alignment else None, None, data)
+    repaired = copy.deepcopy(merged).eval()
+    reset_statistics(repaired, data)
+    symmetry = symmetry_of(repaired, alignment.symmetry if alignment else None, None, data)
     if alignment is not None and not keeps_function(alignment):
         raise TransformError(
             "REPAIR measures the moved parents, and under linear maps they do not compute what they did: use "
             "method='reset'"
         )
     points = _rescaling_points(symmetry)
-    mended.gained_biases = []  # type: ignore[assignment]
+    note_outcome(repaired, gained_biases=())
     if not points:
-        return mended
+        return repaired
     means: dict[str, Tensor] = {}
     deviations: dict[str, Tensor] = {}
     for index, parent in enumerate(parents):
@@ -146,14 +268,14 @@ def _rescale(
             means[point.node] = means.get(point.node, 0.0) + weight * mean
             deviations[point.node] = deviations.get(point.node, 0.0) + weight * deviation
     own = Statistics(points, {p.node: (means[p.node], deviations[p.node]) for p in points})
-    _run(symmetry, mended.state_dict(), data, own, "rescaling")
-    _write_rescaling(mended, points, own, means, deviations)
+    _run(symmetry, repaired.state_dict(), data, own, "rescaling")
+    _write_rescaling(repaired, points, own, means, deviations)
     # Rescaled BatchNorms make up for what changed before them; all others are measured behind it.
     rescaled = {point.weight for point in points}
-    layers = set(normalisation_layers(mended))
-    layers -= {module for path, module in mended.named_modules() if f"{path}.weight" in rescaled}
-    reset_statistics(mended, data, [layer for layer in normalisation_layers(mended) if layer in layers])
-    return mended
+    layers = set(normalisation_layers(repaired))
+    layers -= {module for path, module in repaired.named_modules() if f"{path}.weight" in rescaled}
+    reset_statistics(repaired, data, [layer for layer in normalisation_layers(repaired) if layer in layers])
+    return repaired
 
 
 def _rescaling_points(symmetry: Symmetry) -> list[Point]:
@@ -264,7 +386,7 @@ def _write_rescaling(
             else:
                 bias = tensors[point.bias]
                 bias.copy_(bias.double() * scale + shift)
-    model.gained_biases = gained  # type: ignore[assignment]
+    note_outcome(model, gained_biases=gained)
 
 
 def _gain_bias(model: nn.Module, weight: str, values: Float[Tensor, " units"]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from isthmus.merging.repair import REPAIRS
 from isthmus.report import curves, explained, figures, gallery, triangle
 
 Report = Mapping[str, Any]
@@ -23,10 +24,6 @@ MOST_PICTURES = 12
 OPEN_PICTURES = 3
 MOVED_COLUMNS = 4
 
-REPAIRS = {
-    "reset": "BatchNorm statistics measured again",
-    "repair": "REPAIR: the parents' mean and spread of every unit restored",
-}
 GROUPS = {
     "permutation": "units may be reordered",
     "orthogonal fixing ones": "units may be rotated around the vector of ones",
@@ -123,12 +120,18 @@ def _digits(count: Any) -> int:
     return 2 if (figures.finite_number(count) or 0) >= 2000 else 1
 
 
+def _spoken_repair(report: Report) -> str | None:
+    """What was done to the merged network's statistics, in words; None if nothing, or nothing that is known here."""
+    kind = REPAIRS.get(report.get("repair") or "")
+    return None if kind is None else kind.text
+
+
 def _scores(report: Report) -> dict[str, Any] | None:
     """Loss and accuracy of parents, references and the merged network."""
     if _only_aligned(report):
         return None
     found = report.get("scores") or {}
-    mended = REPAIRS.get(report.get("repair") or "", report.get("repair") or "")
+    mended = _spoken_repair(report) or report.get("repair") or ""
     if found.get("naive_mended") is None:
         mended = ""  # there was nothing to mend
     parents = found.get("parents") or []
@@ -319,7 +322,7 @@ def _matching(report: Report) -> dict[str, Any]:
         "coefficients": (average or {}).get("coefficients") or [],
         "coefficients_by_path": (average or {}).get("coefficients_by_path") or {},
         "repair": report.get("repair"),
-        "mended": REPAIRS.get(report.get("repair") or ""),
+        "mended": _spoken_repair(report),
         "gained_biases": report.get("gained_biases") or [],
     }
 

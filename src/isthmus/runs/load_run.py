@@ -15,10 +15,11 @@ from isthmus.errors import CheckpointError, DataError
 from isthmus.match import align
 from isthmus.merging.fold import fold_norm_gains
 from isthmus.merging.merge import merge
+from isthmus.merging.outcome import outcome_of
+from isthmus.merging.repair import repair_as_asked
 from isthmus.registry import configure
 from isthmus.report.page import read_report
 from isthmus.runs.inputs import Inputs, load_inputs
-from isthmus.runs.prepare import mend
 from isthmus.runs.recipe import Recipe, read_recipe
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry
@@ -36,7 +37,7 @@ class FinishedRun:
         symmetry: The models' symmetry, with its graph.
         alignment: The one that was found.
         merged: The network that came out.
-        naive: The average of the models as they are, mended in the same way.
+        naive: The average of the models as they are, repaired in the same way.
         bare: The mean in the common frame, and the naive average, before any repair; None where they are undefined.
         parents: The models, their norms' gains folded where the alignment asks for it, as are those of all averages.
         report: The content of `report.json`.
@@ -83,7 +84,7 @@ def load_run(folder: Path) -> FinishedRun:
     plain = merge(inputs.models, None, "mean", recipe.coefficients)
     framed = merge(inputs.models, alignment, configure("average", "mean", AVERAGES), recipe.coefficients)
     still = align(inputs.models, symmetry, "identity")
-    naive = mend(plain, recipe, inputs, still)
+    naive = repair_as_asked(plain, recipe.repair, inputs.calibration, inputs.models, still, recipe.coefficients)
 
     def folded(model: nn.Module) -> nn.Module:
         return fold_norm_gains(model, symmetry) if alignment.folded else model
@@ -96,7 +97,7 @@ def load_run(folder: Path) -> FinishedRun:
         alignment,
         merged.float().eval(),
         folded(naive),
-        {"naive": folded(plain), "aligned": None if framed.needs_repair else framed},
+        {"naive": folded(plain), "aligned": None if outcome_of(framed).needs_repair else framed},
         [folded(model) for model in inputs.models],
         report,
     )

@@ -1,10 +1,6 @@
-"""The steps that runs share: trace, prove, align, repair."""
+"""The steps that runs share: trace, prove, align."""
 
-from torch import nn
-
-from isthmus.errors import DataError
 from isthmus.match import METHODS, align
-from isthmus.merging.repair import repair
 from isthmus.registry import configure
 from isthmus.runs.inputs import Inputs
 from isthmus.runs.recipe import Recipe
@@ -29,25 +25,3 @@ def prepare(recipe: Recipe, inputs: Inputs) -> tuple[Symmetry, Proof | None, Ali
     method = configure("matching method", recipe.align.method, METHODS, recipe.align.options)
     data = inputs.calibration if method.needs or method.name == "auto" else None
     return symmetry, proof, align(inputs.models, symmetry, method, data=data, seed=recipe.seed)
-
-
-def mend(merged: nn.Module, recipe: Recipe, inputs: Inputs, alignment: Alignment) -> nn.Module:
-    """The merged model repaired as the recipe says.
-
-    Raises:
-        DataError: The merge left statistics that need data, and there is none, or the recipe repairs nothing.
-    """
-    if recipe.repair is None or inputs.calibration is None:
-        if merged.needs_repair:
-            raise DataError("the merged model's BatchNorm statistics are undefined: give --data and --repair reset")
-        return merged
-    if recipe.repair == "reset" and merged.statistics_measured:
-        return merged  # the average measured them on the merged network itself, and fitted its layers to them
-    return repair(
-        merged,
-        inputs.calibration,
-        recipe.repair,
-        parents=inputs.models,
-        alignment=alignment,
-        coefficients=recipe.coefficients,
-    )

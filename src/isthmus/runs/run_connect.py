@@ -29,11 +29,11 @@ def run_connect(recipe: Recipe, *, points: int = 11, split: str = "test", raw: b
     assert inputs.data is not None
     assert inputs.calibration is not None
     scored = inputs.data.test() if split == "test" else inputs.calibration
-    mending = None if raw else "reset"
+    mode = None if raw else "reset"
     symmetry, proof, alignment = prepare(recipe, inputs)
     moved = [apply(alignment, model, index) for index, model in enumerate(inputs.models)]
     naive, aligned = (
-        connect(pair[0], pair[1], scored, points, mending, inputs.calibration) for pair in (inputs.models, moved)
+        connect(pair[0], pair[1], scored, points, mode, inputs.calibration) for pair in (inputs.models, moved)
     )
     return {
         **provenance(recipe, inputs, ""),

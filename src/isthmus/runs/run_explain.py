@@ -22,6 +22,7 @@ from isthmus.match import align
 from isthmus.match.straight_through import StraightThrough
 from isthmus.measure.connect import connect
 from isthmus.merging.merge import merge
+from isthmus.merging.repair import repair_as_asked
 from isthmus.observe.collect import collect
 from isthmus.progress import progress
 from isthmus.registry import did_you_mean
@@ -29,7 +30,6 @@ from isthmus.report.page import write_report
 from isthmus.runs.explained_facts import describe_space, describe_spectra
 from isthmus.runs.facts import plain_json
 from isthmus.runs.load_run import FinishedRun, load_run
-from isthmus.runs.prepare import mend
 from isthmus.symmetry.alignment import apply
 
 # Inputs of the estimates by derivatives, which cost some ten times a pass over the data, or as many as hold so many
@@ -235,7 +235,8 @@ def _judge(run: FinishedRun, spectra: Spectra, scored: Batches) -> dict[str, Any
         moved = [apply(alignment, model, index) for index, model in enumerate(models)]
         barriers[name] = connect(moved[0], moved[1], scored, 3, "reset", calibration).midpoint_barrier
         if name == "weight_matching":
-            mean = mend(merge(models, alignment, "mean"), recipe, run.inputs, alignment)
+            mean = merge(models, alignment, "mean")
+            mean = repair_as_asked(mean, recipe.repair, calibration, models, alignment, recipe.coefficients)
             measured[name] = measure_spectra(models, alignment, mean, calibration, run.symmetry)
         elif name != "naive":
             measured[name] = measure_spectra(models, alignment, None, None, run.symmetry)

@@ -16,9 +16,9 @@ from isthmus.match import align
 from isthmus.measure.cycles import pairwise_barriers
 from isthmus.measure.simplex import walk_simplex
 from isthmus.merging.merge import merge
-from isthmus.merging.repair import repair
+from isthmus.merging.outcome import outcome_of
+from isthmus.merging.repair import REPAIRS, repair, repair_as_asked
 from isthmus.models.hugging_face import is_hugging_face
-from isthmus.observe.running_statistics import normalisation_layers
 from isthmus.observe.score import Ensemble, evaluate
 from isthmus.registry import configure
 from isthmus.runs.card import model_card, verdict
@@ -33,7 +33,7 @@ from isthmus.runs.facts import (
 )
 from isthmus.runs.folder import copy_config, save_hugging_face, write_run
 from isthmus.runs.inputs import Inputs, load_inputs
-from isthmus.runs.prepare import mend, prepare
+from isthmus.runs.prepare import prepare
 from isthmus.runs.recipe import Recipe
 from isthmus.symmetry.alignment import Alignment, apply
 from isthmus.symmetry.groups import keeps_function
@@ -62,10 +62,12 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
         merged = merge(
             inputs.models, alignment, average, recipe.coefficients, data=inputs.calibration, base=base, seed=recipe.seed
         )
-        mended = mend(merged, recipe, inputs, alignment)
+        repaired = repair_as_asked(
+            merged, recipe.repair, inputs.calibration, inputs.models, alignment, recipe.coefficients
+        )
         if recipe.out_dtype is not None:
-            mended = mended.to(getattr(torch, recipe.out_dtype))
-        scores, curves, simplex = _measure(recipe, inputs, alignment, merged, mended)
+            repaired = repaired.to(getattr(torch, recipe.out_dtype))
+        scores, curves, simplex = _measure(recipe, inputs, alignment, merged, repaired)
         report = {
             **provenance(recipe, inputs, command),
             "method": describe_alignment(recipe, alignment),
@@ -74,8 +76,8 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
                 "options": recipe.parameters,
                 **describe_coefficients(recipe, len(inputs.models)),
             },
-            "repair": recipe.repair if mended is not merged else None,
-            "gained_biases": getattr(mended, "gained_biases", []),
+            "repair": recipe.repair if repaired is not merged else None,
+            "gained_biases": list(outcome_of(repaired).gained_biases),
             "proof": describe_proof(proof),
             "symmetry": describe_symmetry(symmetry, alignment),
             "scores": scores,
@@ -84,11 +86,11 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
         }
         report["seconds"] = time.perf_counter() - start
         report["verdict"] = verdict(report)
-        if is_hugging_face(mended):
-            report["transformers_class"] = type(mended).__name__
-            report["left_out"] = save_hugging_face(mended, recipe, folder, report["gained_biases"])
+        if is_hugging_face(repaired):
+            report["transformers_class"] = type(repaired).__name__
+            report["left_out"] = save_hugging_face(repaired, recipe, folder, report["gained_biases"])
         else:
-            save_state(mended.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+            save_state(repaired.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
             copy_config(recipe.models[0].model, folder)
         alignment.save(folder / "alignment.safetensors")
         write_run(folder, recipe, report)
@@ -97,7 +99,7 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
 
 
 def _measure(
-    recipe: Recipe, inputs: Inputs, alignment: Alignment, merged: nn.Module, mended: nn.Module
+    recipe: Recipe, inputs: Inputs, alignment: Alignment, merged: nn.Module, repaired: nn.Module
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None, dict[str, Any] | None]:
     """Scores of parents, ensemble, naive average and result on the test split, curves, and the simplex of three.
 
@@ -115,10 +117,10 @@ def _measure(
         "ensemble": describe_score(evaluate(Ensemble(inputs.models), test)),
         "naive": describe_score(evaluate(naive, test)),
         "naive_mended": None,
-        "aligned": describe_score(evaluate(merged, test)) if not merged.needs_repair else None,
-        "merged": describe_score(evaluate(mended, test)),
+        "aligned": describe_score(evaluate(merged, test)) if not outcome_of(merged).needs_repair else None,
+        "merged": describe_score(evaluate(repaired, test)),
     }
-    if recipe.repair is not None and (normalisation_layers(naive) or recipe.repair == "repair"):
+    if recipe.repair is not None and REPAIRS[recipe.repair]().changes(naive):
         naive = repair(
             naive, inputs.calibration, recipe.repair, parents=inputs.models, coefficients=recipe.coefficients
         )
