@@ -36,7 +36,7 @@ def test_the_reading_order_names_what_is_there():
     section = (DOCS.parent / "README.md").read_text().partition("## Reading the code")[2].partition("\n## ")[0]
     items = re.split(r"^\d+\. ", section, flags=re.MULTILINE)[1:]
     missing = []
-    for item in items:
+    for item in (item.partition("\n\n")[0] for item in items):
         names = re.findall(r"`([\w/]+(?:\.py|/))`", item)
         folders = [source, *(source / name for name in names if name.endswith("/"))]
         missing += [name for name in names if not any((folder / name).exists() for folder in folders)]
