@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -37,7 +39,7 @@ from isthmus.checkpoint import (
 from isthmus.checkpoint.names import DTYPES
 from isthmus.errors import CheckpointError, InputError, IsthmusError, ModelError
 
-SOURCE = Path(checkpoint.__file__).parents[1]
+SOURCE = Path(checkpoint.__file__).parents[2]
 
 
 class Tied(nn.Module):
@@ -141,7 +143,7 @@ def test_metadata_and_determinism(tmp_path):
     save_state(state, tmp_path / "a.safetensors", notes)
     save_state(state, tmp_path / "b.safetensors", dict(reversed(notes.items())))
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    with checkpoint.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", **notes}
 
 
@@ -191,7 +193,7 @@ def test_hashes(tmp_path):
     assert hash_state(state) != hash_state({"a": state["a"], "b": torch.tensor(1, dtype=torch.int32)})
     assert hash_state(state) != hash_state({"A": state["a"], "b": state["b"]})
     save_state(state, tmp_path / "model.safetensors")
-    digest = checkpoint.hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert hash_file(tmp_path / "model.safetensors") == hash_file(tmp_path) == digest
     fails(CheckpointError, "does not exist", hash_file, tmp_path / "none")
     fails(CheckpointError, "float8_e8m0fnu", hash_state, {"a": torch.zeros(2).to(torch.float8_e8m0fnu)})
@@ -694,7 +696,7 @@ def test_interrupted_writes_leave_the_old_file(tmp_path, monkeypatch, place, err
     path = tmp_path / "a.safetensors"
     save_state({"a": torch.zeros(100)}, path)
     before = path.read_bytes()
-    monkeypatch.setattr(f"isthmus.checkpoint.{place}", raising(error))
+    monkeypatch.setattr(f"isthmus.checkpoint.writing.{place}", raising(error))
     with pytest.raises(seen) as caught:
         save_state({"a": torch.ones(100), "b": torch.ones(9)}, path)
     monkeypatch.undo()
@@ -731,7 +733,7 @@ def test_a_disk_that_is_full_when_the_buffer_is_flushed(tmp_path, monkeypatch):
 
 
 KILLED = """
-import os, signal, sys
+import os, shutil, signal, sys
 import torch
 from pathlib import Path
 from isthmus import checkpoint
@@ -761,12 +763,12 @@ def half(value):
     return die() if count > 1 else memoryview(b"x" * 400_000)
 
 cases = {
-    "half": (lambda f: checkpoint.save_state(new, f / "a.safetensors"), "_bytes", half),
-    "ctrl-c": (lambda f: checkpoint.save_state(new, f / "a.safetensors"), "_bytes", interrupt),
+    "half": (lambda f: checkpoint.save_state(new, f / "a.safetensors"), "checkpoint.writing._bytes", half),
+    "ctrl-c": (lambda f: checkpoint.save_state(new, f / "a.safetensors"), "checkpoint.writing._bytes", interrupt),
     "fsync": (lambda f: checkpoint.save_state(new, f / "a.safetensors"), "os.fsync", die),
     "replace": (lambda f: checkpoint.save_state(new, f / "a.safetensors"), "os.replace", die),
     "replaced": (lambda f: checkpoint.save_state(new, f / "a.safetensors"), "os.replace", after(os.replace)),
-    "body": (run, "write_text", die),
+    "body": (run, "checkpoint.write_text", die),
     "rename": (run, "os.rename", die),
     "renamed": (run, "os.rename", after(os.rename)),
     "removing": (run, "shutil.rmtree", die),
@@ -779,7 +781,7 @@ for name, (save, place, patch) in cases.items():
     (folder / "run" / "report.json").write_text("old")
     child = os.fork()
     if child == 0:
-        owner, _, attribute = ("checkpoint." + place).rpartition(".")
+        owner, _, attribute = place.rpartition(".")
         setattr(eval(owner), attribute, patch)
         save(folder)
         os._exit(1)

@@ -139,7 +139,7 @@ def test_an_unknown_barrier_is_refused():
 
 def test_thresholds_are_told_as_they_are_used(monkeypatch):
     assert judge_claims(**GOOD)[0].threshold.startswith("distance falls by at most 25%")
-    monkeypatch.setattr(claims, "LITTLE", 0.05)
+    monkeypatch.setattr(claims, "SMALL_DISTANCE_SHARE", 0.05)
     claim = judge_claims(**GOOD)[0]
     assert claim.threshold.startswith("distance falls by at most 5%")
     assert claim.verdict == PARTLY

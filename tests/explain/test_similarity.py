@@ -234,7 +234,7 @@ def test_matched_units_of_a_shuffled_copy_correlate_fully():
         moved, transforms = planted(model, sym, 1)
         rng = np.random.default_rng(0)
         frame = {space.name: isthmus.Permutation.random(space, rng) for space in sym}
-        alignment = Alignment(sym, (frame, isthmus.transform.compose(frame, invert(transforms, sym), sym)))
+        alignment = Alignment(sym, (frame, isthmus.symmetry.transform.compose(frame, invert(transforms, sym), sym)))
         moments = isthmus.collect([model, moved], sym, x)
         found = matched_correlations(moments, alignment)
         for space in sym:

@@ -79,7 +79,8 @@ def test_scores_are_those_of_plain_loops(method):
 
         a, b, mean, plain = (before_relu(layers) for layers in linear)
         maps = [
-            np.asarray(isthmus.transform.as_matrix(t[space.name]).into[0], dtype=float) for t in alignment.transforms
+            np.asarray(isthmus.symmetry.transform.as_matrix(t[space.name]).into[0], dtype=float)
+            for t in alignment.transforms
         ]
         moved = [a @ maps[0].T, b @ maps[1].T]
         for unit in range(space.size):

@@ -77,7 +77,7 @@ def _shown(number: float, digits: int) -> str:
     return text
 
 
-def _points(value: Any, digits: int = 1) -> str:
+def points(value: Any, digits: int = 1) -> str:
     """A difference of shares in percentage points, without the unit."""
     number = finite_number(value)
     return ABSENT if number is None else signed(f"{number * 100:.{digits}f}")
@@ -102,7 +102,7 @@ def power(value: Any) -> str:
     return Markup("{}{}×{}10<sup>{}</sup>").format(signed(mantissa), NARROW, NARROW, signed(str(int(exponent))))
 
 
-def _duration(value: Any) -> str:
+def duration(value: Any) -> str:
     """Seconds as a reader says them: 0.01 s, 12.3 s, 4 min 12 s, 2 h 5 min."""
     number = finite_number(value)
     if number is None:
@@ -117,7 +117,7 @@ def _duration(value: Any) -> str:
     return f"{minutes // 60}{NARROW}h {minutes % 60}{NARROW}min"
 
 
-def _moment(value: Any) -> str:
+def moment(value: Any) -> str:
     """An ISO time as 20 November 2026, 12:00 UTC; anything else as it is."""
     if not isinstance(value, str):
         return ABSENT
@@ -136,6 +136,10 @@ MONTHS = (
 )  # fmt: skip
 
 
-def _plural(count: int, one: str, many: str | None = None) -> str:
+def plural(count: int, one: str, many: str | None = None) -> str:
     """A count and its noun: 1 axis, 3 axes."""
     return f"{whole(count)} {one if count == 1 else many or one + 's'}"
+
+
+# What templates use by name.
+FILTERS = {each.__name__: each for each in (decimal, duration, moment, percent, plural, points, power, whole)}

@@ -99,7 +99,6 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FunctionLoader(_source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    for name in ("decimal", "duration", "moment", "percent", "plural", "points", "power", "whole"):
-        environment.filters[name] = getattr(figures, name)
+    environment.filters.update(figures.FILTERS)
     environment.globals["ABSENT"] = figures.ABSENT
     return environment
