@@ -41,6 +41,17 @@ def solve_family(symmetry: Symmetry, root: Space, similarities: Mapping[str, Sim
         root: A space without a parent.
         similarities: For each space of the family, the similarity of its units in slots of the frame (rows) with units
             of the moved model (columns), over all copies; a space may be left out, which counts as zero.
+
+    Example:
+        Two heads of two units each. Head 0 of the frame is like head 1 of the moved model, with its units reversed:
+
+        >>> from isthmus.symmetry.spaces import Group
+        >>> heads = Space("heads", 2, Group.PERMUTATION, ())
+        >>> inner = Space("heads/units", 2, Group.PERMUTATION, (), parent="heads", copies=2)
+        >>> alike = np.eye(4)[[3, 2, 0, 1]]  # unit 0 of the frame is like unit 3 of the model, 1 like 2, …
+        >>> found = solve_family(Symmetry((heads, inner), (), {}), heads, {"heads/units": alike})
+        >>> found["heads"].tolist(), found["heads/units"].tolist()
+        ([[1, 0]], [[[1, 0]], [[0, 1]]])
     """
     family = family_of(symmetry, root)
     values: dict[str, Similarity] = {}

@@ -56,7 +56,7 @@ class Permutation:
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """A linear change of basis: `into` carries a vector into the common frame, `back` carries it back.
+    """A linear change of basis: `into` moves a vector into the common frame, `back` moves it back.
 
     Both may be rectangular. A two-dimensional matrix is read as one copy.
     """
@@ -101,7 +101,23 @@ def as_matrix(transform: Transform, dtype: torch.dtype = torch.float64) -> Linea
 
 
 def flat_indices(transforms: Transforms, symmetry: Symmetry, space: Space) -> Int[np.ndarray, " units"]:
-    """Where each unit of a space comes from, counted over all copies, with the parents' moves included."""
+    """Where each unit of a space comes from, counted over all copies, with the parents' moves included.
+
+    Raises:
+        TransformError: A linear map has no indices.
+
+    Example:
+        Two heads of three units each change places, and the units of the head that comes to slot 1 are reversed:
+
+        >>> from isthmus.symmetry.spaces import Group
+        >>> heads = Space("heads", 2, Group.PERMUTATION, ())
+        >>> inner = Space("heads/units", 3, Group.PERMUTATION, (), parent="heads", copies=2)
+        >>> symmetry = Symmetry((heads, inner), (), {})
+        >>> swapped, reversed_second = np.array([1, 0]), np.array([[0, 1, 2], [2, 1, 0]])
+        >>> transforms = {"heads": Permutation(swapped), "heads/units": Permutation(reversed_second)}
+        >>> flat_indices(transforms, symmetry, inner)
+        array([3, 4, 5, 2, 1, 0])
+    """
     transform = transforms[space.name]
     if isinstance(transform, LinearMap):
         raise TransformError(f"space {space.name}: a linear map has no indices; only permutations can hold copies")
@@ -179,6 +195,15 @@ def move_site(tensor: Tensor, site: Site, transform: Transform) -> Tensor:
 
     Raises:
         TransformError: A running variance or an uneven gain met a linear map, or the map's shape does not fit the site.
+
+    Example:
+        A layer that reads three channels of two pixels each has two columns for each channel, which move together:
+
+        >>> weight = torch.tensor([[10, 11, 20, 21, 30, 31]])
+        >>> positions = np.array([[[0, 1], [2, 3], [4, 5]]])  # one copy, three units, two places each
+        >>> site = Site("head.weight", (1,), positions, "covector")
+        >>> move_site(weight, site, Permutation(np.array([2, 0, 1])))  # slot 0 receives unit 2
+        tensor([[30, 31, 10, 11, 20, 21]])
     """
     copies, size, repeat = site.positions.shape
     if isinstance(transform, Permutation):
@@ -255,7 +280,7 @@ def _resize_site(tensor: Tensor, site: Site, moved: Float[Tensor, "copies frame 
 def move_state(
     state: Mapping[str, Tensor], transforms: Transforms, symmetry: Symmetry, *, reset_variances: bool = False
 ) -> dict[str, Tensor]:
-    """The state dict carried into the common frame; tensors that no space touches are the same objects.
+    """The state dict moved into the common frame; tensors that no space touches are the same objects.
 
     Args:
         state: A state dict of the traced architecture.

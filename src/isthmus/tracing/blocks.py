@@ -13,7 +13,22 @@ from isthmus.tracing.units import WILDCARD, Ids, Labels, UnitTable, broadcast_to
 
 
 def reduce(units: UnitTable, value: Value, dims: Sequence[int], *, keepdim: bool = False) -> Value:
-    """The value of a symmetric reduction (sum, mean, maximum, …) over `dims`."""
+    """The value of a symmetric reduction (sum, mean, maximum, …) over `dims`.
+
+    A sum over a whole layer leaves nothing of it. A sum over a part leaves a unit for each set of units that it summed.
+
+    Example:
+        Four channels in two groups, summed inside each group:
+
+        >>> units = UnitTable()
+        >>> channels = Value((2, 2), (units.fresh(4).reshape(2, 2),))
+        >>> reduce(units, channels, [0, 1]).layers
+        ()
+        >>> reduce(units, channels, [1]).layers
+        (array([4, 5]),)
+        >>> units.relations  # the channels are inside the two groups that remain
+        [(array([0, 1, 2, 3]), array([4, 4, 5, 5]))]
+    """
     ndim = len(value.shape)
     gone = {d % ndim for d in dims} if ndim else set()
     kept = [d for d in range(ndim) if d not in gone]
@@ -45,10 +60,10 @@ def reduce(units: UnitTable, value: Value, dims: Sequence[int], *, keepdim: bool
 
 
 def _entangled(units: UnitTable, layer: Labels, layers: Sequence[Labels], gone: set[int]) -> list[Labels]:
-    """The layers whose units meet those of `layer`, along a reduction's axes, some at one place and some at another.
+    """The layers whose units meet units of `layer` along a reduction's axes, at one place some and at another others.
 
-    Each layer is reduced on its own. That is right where, place by place, the units of one layer meet all those of the
-    other that they meet anywhere.
+    Each layer is reduced on its own. That is right only if units of one layer meet, at every place, all units of the
+    other layer that they meet anywhere.
     """
     found = []
     for other in layers:

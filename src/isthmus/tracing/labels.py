@@ -1,9 +1,9 @@
 """Labels: which unit sits at each position of a traced value, and what combining two values says about units.
 
-Every index of every parameter dimension is a *unit* with an integer id. A value carries *layers*: integer arrays
+Every index of every parameter dimension is a *unit* with an integer id. A value has *layers*: integer arrays
 of unit ids, broadcastable to its shape. Together the layers identify a position: two positions with the same labels
 hold the same number. A symmetry moves units, and with them the positions that they label; so wherever two labels meet
-on one axis, the pairs that occur there must be carried to pairs that occur there. `Units.relate` draws the conclusions.
+on one axis, the pairs that occur there must move to pairs that occur there. `UnitTable.relate` draws the conclusions.
 """
 
 import math
@@ -145,7 +145,7 @@ def _tells_apart(units: UnitTable, layer: Labels) -> bool:
 
 
 def _join_fixed(units: UnitTable, layers: list[Labels]) -> list[Labels]:
-    """The layers with those of fixed positions that overlap made into one."""
+    """The layers, with layers of fixed positions that overlap joined into one."""
     fixed = [layer for layer in layers if units.is_frozen(layer).all()]
     others = [layer for layer in layers if not any(layer is x for x in fixed)]
     while fixed:
@@ -177,7 +177,22 @@ def one_to_one(units: UnitTable, left: Labels, right: Labels) -> bool:
 
 
 def combine(units: UnitTable, values: Sequence[Value]) -> Value:
-    """The value of an elementwise operation: shapes broadcast, layers that meet are related."""
+    """The value of an elementwise operation: shapes broadcast, layers that meet are related.
+
+    Example:
+        Two samples of three channels, and a bias that is added to them:
+
+        >>> units = UnitTable()
+        >>> channels = Value((2, 3), (units.fresh(3).reshape(1, 3),))
+        >>> bias = as_parameter(units, "bias", (3,))
+        >>> bias.layers
+        (array([3, 4, 5]),)
+        >>> out = combine(units, [channels, bias])
+        >>> out.shape, out.layers
+        ((2, 3), (array([[0, 1, 2]]),))
+        >>> units.find(bias.layers[0])  # each entry of the bias is now the channel that it is added to
+        array([0, 1, 2])
+    """
     shape = tuple(np.broadcast_shapes(*(value.shape for value in values)))
     merged: list[Labels] = []
     for value in values:

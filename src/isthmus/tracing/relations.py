@@ -10,7 +10,21 @@ from isthmus.tracing.units import WILDCARD, Hashes, Ids, UnitTable, scramble
 
 
 def close_relations(units: UnitTable) -> Int[np.ndarray, "edges 3"]:
-    """All triples (child, parent, relation), after drawing every conclusion that two relations of one child allow."""
+    """All triples (child, parent, relation), after drawing every conclusion that two relations of one child allow.
+
+    Example:
+        Four numbers are inside two heads, and the same four are inside two groups, two by two alike. So the heads and
+        the groups meet one with one, and are the same units; the second relation is then a repetition of the first.
+
+        >>> units = UnitTable()
+        >>> numbers, heads, groups = units.fresh(4), units.fresh(2), units.fresh(2)
+        >>> units.relate(np.repeat(heads, 2), numbers)  # 4 4 5 5 meet 0 1 2 3
+        >>> units.relate(np.repeat(groups, 2), numbers)  # 6 6 7 7 meet 0 1 2 3
+        >>> close_relations(units).tolist()
+        [[0, 4, 0], [1, 4, 0], [2, 5, 0], [3, 5, 0]]
+        >>> units.find(groups)
+        array([4, 5])
+    """
     while True:
         before = (
             len(units.relations),

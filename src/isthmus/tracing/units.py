@@ -49,7 +49,7 @@ class UnitTable:
         self._reason = np.empty(0, dtype=np.int64)  # index into reasons, or -1 where the unit can move
         self._axis = np.empty(0, dtype=np.int64)  # units made together; they are told apart wherever they meet
         self._side_by_side: list[Ids] = []  # units of several axes that were joined into one; these too are told apart
-        self._kin: dict[int, int] = {}  # axes of which units were united or joined, each with a smaller one
+        self._kin: dict[int, int] = {}  # an axis → a smaller one, where units of the two were united or joined
         self._known: set[tuple[tuple[int, ...], bytes]] = set()
         self._level = np.empty(0, dtype=np.int8)  # evidence against richer groups, see GROUPS in description.py
         self._factors = np.empty(0, dtype=np.int8)  # by which factors a unit may be multiplied, as far as is known
@@ -62,7 +62,7 @@ class UnitTable:
         self.place: tuple[str, str] = ("", "")  # operation and module path that rules are working for, for reasons
         self._rigid = np.empty(0, dtype=np.int64)
         self.made_stand_ins: list[Ids] = []
-        self.expected_stand_ins: list[Ids] = []  # those of the first alternative, for the others to use
+        self.expected_stand_ins: list[Ids] = []  # stand-ins made for a choice's first alternative; the others use them
 
     def fresh(self, count: int) -> Ids:
         """New units that can move."""
@@ -167,8 +167,9 @@ class UnitTable:
     def unite(self, left: Ids, right: Ids, *, ordered: bool = True) -> None:
         """Makes units one and the same, pair by pair; a unit that meets a fixed one is fixed.
 
-        Units of one axis stay apart, since what they label differs: where the pairs would unite some, they are strung,
-        or, where left and right tell nothing (`ordered` is false), fixed.
+        Units of one axis number different things and are never united with each other. Pairs that would unite some of
+        them (0 with 1, 1 with 2) put these units into an order instead, from left to right: they are strung, see
+        `_string`. Where left and right stand in no order (`ordered` is false), such units are fixed.
         """
         left, right = self.find(left), self.find(right)
         left, right = left[left != right], right[left != right]
@@ -243,7 +244,10 @@ class UnitTable:
         return clash
 
     def _string(self, left: Ids, right: Ids) -> None:
-        """Puts units that follow one another, pair by pair, on strings: blocks that move, and fixed places in them."""
+        """Strings units that follow one another pair by pair: each string is a block, which can move as a whole.
+
+        The units of a string keep their order: each is inside the string's block and at a fixed place in it.
+        """
         after: dict[int, int] = dict(zip(left.tolist(), right.tolist(), strict=True))
         before: dict[int, int] = dict(zip(right.tolist(), left.tolist(), strict=True))
         if len(after) < len(left) or len(before) < len(right):
@@ -300,6 +304,18 @@ class UnitTable:
         says that the two are the same unit; one against many, that the many are inside the one; many against many,
         all pairs present, that both are inside a common block. Where every pair occurs, nothing follows. Anything else
         is no symmetry that permutations of units can express, and the units are fixed.
+
+        Example:
+            Four numbers in two rows, and then a bias for each row:
+
+            >>> units = UnitTable()
+            >>> rows, numbers, bias = units.fresh(2), units.fresh(4), units.fresh(2)
+            >>> units.relate(np.array([0, 0, 1, 1]), numbers)  # one with many: the numbers are inside the rows
+            >>> units.relations
+            [(array([2, 3, 4, 5]), array([0, 0, 1, 1]))]
+            >>> units.relate(rows, bias)  # one with one: units 6 and 7 are units 0 and 1
+            >>> units.find(bias)
+            array([0, 1])
         """
         if left is right:
             return
