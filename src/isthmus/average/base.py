@@ -11,6 +11,7 @@ from isthmus.average.coefficients import Coefficients
 from isthmus.state import State, first_float
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.groups import keeps_function
+from isthmus.wording import told_by_fields
 
 
 @dataclass(eq=False)
@@ -38,6 +39,8 @@ class AveragingProblem:
     models: Sequence[nn.Module] = ()
     alignment: Alignment | None = None
     measured: set[str] = field(default_factory=set)
+
+    __repr__ = told_by_fields
 
     @property
     def is_exact(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from isthmus.errors import InputError
 from isthmus.registry import did_you_mean
+from isthmus.wording import told_by_fields
 
 # What users may give: one number a model, or such a list for every prefix of tensor names; "" is all other tensors.
 CoefficientsLike = Sequence[float] | Mapping[str, Sequence[float]] | None
@@ -22,6 +23,8 @@ class Coefficients:
 
     default: tuple[float, ...]
     by_prefix: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    __repr__ = told_by_fields
 
     def of(self, name: str) -> tuple[float, ...]:
         """One weight a model for the tensor of that name."""

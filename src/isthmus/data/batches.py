@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from isthmus.errors import DataError
+from isthmus.wording import told_by_fields
 
 DATASET_BATCH = 256
 TARGET_KEYS = ("labels", "label", "targets")
@@ -22,6 +23,8 @@ class Batch:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     targets: Any = None
+
+    __repr__ = told_by_fields
 
     @property
     def size(self) -> int:

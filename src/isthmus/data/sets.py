@@ -10,6 +10,7 @@ from jaxtyping import Int64, Integer, Shaped
 from torch import Tensor
 
 from isthmus.errors import DataError, InputError
+from isthmus.wording import counted, shortened, told
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -54,6 +55,10 @@ class Batches:
         if seed is not None:
             indices = indices[torch.from_numpy(np.random.default_rng(seed).permutation(len(indices)))]
         self.x, self.y, self.batch_size, self.mean, self.std, self.indices = x, y, batch_size, mean, std, indices
+
+    def __repr__(self) -> str:
+        samples, batches = counted(len(self.indices), "sample"), counted(len(self), "batch", "batches")
+        return told(self, samples, f"{batches} of {self.batch_size}")
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size)
@@ -108,6 +113,12 @@ class DataSet:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     vocabulary: str | None = None
+
+    def __repr__(self) -> str:
+        shape = " × ".join(map(str, self.sample_shape))
+        train, test = counted(len(self.x_train), self.sample_noun), counted(len(self.x_test), self.sample_noun)
+        kinds = counted(self.classes, "class", "classes") if self.vocabulary is None else counted(self.classes, "token")
+        return told(self, shortened(self.name), f"{train} for training", f"{test} for tests", f"each {shape}", kinds)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 from isthmus.errors import InputError
 from isthmus.explain.spectrum import LayerSpectrum, Spectra
 from isthmus.explain.taylor import TaylorBarrier
+from isthmus.wording import shortened, told
 
 HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not"
 
@@ -58,6 +59,9 @@ class Claim:
     figure: str
     verdict: str | None
     threshold: str
+
+    def __repr__(self) -> str:
+        return told(self, self.verdict or "not judged", shortened(self.text, 70), shortened(self.figure, 70))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""

@@ -22,6 +22,7 @@ from isthmus.progress import progress
 from isthmus.state import State, upcast
 from isthmus.symmetry.alignment import Alignment, apply
 from isthmus.symmetry.symmetry import Symmetry
+from isthmus.wording import told_by_fields
 
 PARTS = ("top", "rest")
 
@@ -144,6 +145,8 @@ class MatchedPart:
     error_barrier: float
     overlaps: Mapping[float, float]
 
+    __repr__ = told_by_fields
+
 
 @dataclass(frozen=True)
 class EqualDistance:
@@ -152,6 +155,8 @@ class EqualDistance:
     distance: float
     top: float
     rest: float
+
+    __repr__ = told_by_fields
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,8 @@ class Intervention:
 
     rows: tuple[MatchedPart, ...]
     repair: str | None
+
+    __repr__ = told_by_fields
 
     def part(self, part: str) -> tuple[MatchedPart, ...]:
         """The rows of one part, nearest first."""

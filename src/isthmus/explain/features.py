@@ -24,6 +24,7 @@ from isthmus.explain.target import Target
 from isthmus.observe.given import as_modules, symmetry_of
 from isthmus.progress import progress
 from isthmus.symmetry.symmetry import Symmetry
+from isthmus.wording import counted, shortened, told
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,10 @@ class Pictures:
     low: Float[Tensor, " channels"]
     high: Float[Tensor, " channels"]
     seconds: float
+
+    def __repr__(self) -> str:
+        shape = " × ".join(map(str, self.images.shape[1:]))
+        return told(self, counted(len(self.units), "unit"), f"{self.at} {shortened(self.space)}", f"each {shape}")
 
     def pixels(
         self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from isthmus.data.batches import Batch, read_batches
 from isthmus.errors import DataError
 from isthmus.progress import progress
+from isthmus.wording import told_by_fields
 
 # Square root of the covariance of red, green and blue over natural photographs (ImageNet), columns by falling variance.
 # Source: the constant `color_correlation_svd_sqrt` of Lucid (github.com/tensorflow/lucid), which has two digits.
@@ -43,6 +44,8 @@ class ImageStatistics:
     mean: Float[Tensor, " channels"]
     covariance: Float[Tensor, "channels channels"]
     magnitude: Float[Tensor, "channels height frequencies"] | None = None
+
+    __repr__ = told_by_fields
 
     @property
     def share(self) -> Float[Tensor, " channels"]:
@@ -163,6 +166,8 @@ class Spectrum:
 
     frequency: Float[Tensor, " rings"]
     power: Float[Tensor, " rings"]
+
+    __repr__ = told_by_fields
 
 
 def spectrum_of(images: Float[Tensor, "images channels height width"]) -> Spectrum:

@@ -11,6 +11,7 @@ from isthmus.observe.moments import SpaceMoments
 from isthmus.symmetry.spaces import Space
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import LinearMap, Transforms, as_matrix, flat_indices
+from isthmus.wording import told_by_fields
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,8 @@ class SlotMap:
 
     order: Int[Tensor, " units"] | None
     matrix: Float[Tensor, "units units"] | None
+
+    __repr__ = told_by_fields
 
     @classmethod
     def of(cls, transforms: Transforms, symmetry: Symmetry, space: Space) -> "SlotMap":

@@ -28,6 +28,7 @@ from isthmus.state import first_float
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import LinearMap, flat_indices
+from isthmus.wording import told_by_fields
 
 # Relative precision of moments that were summed from float32 products of `CHUNK` rows; rounding adds up as a random
 # walk does.
@@ -59,6 +60,8 @@ class Covariances:
     between: Float[Tensor, "p q"]
     count: int
     precision: float
+
+    __repr__ = told_by_fields
 
     @staticmethod
     def of_rows(x: Float[Tensor, "samples p"], y: Float[Tensor, "samples q"]) -> "Covariances":
@@ -338,6 +341,8 @@ class CKAMatrix:
     samples: int
     batches: int
     skipped: Mapping[str, str] = field(default_factory=dict)
+
+    __repr__ = told_by_fields
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain JSON values."""

@@ -29,6 +29,7 @@ from isthmus.state import State, first_float, upcast
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import move_state
+from isthmus.wording import counted, figure, shortened, told, told_by_fields
 
 # Shares of a layer's largest singular value; the paper reports 0 and 0.3.
 THRESHOLDS = tuple(index / 10 for index in range(10))
@@ -51,6 +52,8 @@ class Weight:
     output: int
     groups: int
 
+    __repr__ = told_by_fields
+
     def blocks(self, state: State) -> Float[Tensor, "blocks rows columns"]:
         """The matrix of a state, in float64 on the CPU."""
         tensor = state[self.name].detach().cpu().double().movedim(self.output, 0)
@@ -69,6 +72,8 @@ class Factors:
     left: Float[Tensor, "blocks rows ranks"]
     values: Float[Tensor, "blocks ranks"]
     right: Float[Tensor, "blocks ranks columns"]
+
+    __repr__ = told_by_fields
 
     @property
     def precision(self) -> float:
@@ -104,6 +109,8 @@ class Overlap:
     sum_after: float
     kept_a: int
     kept_b: int
+
+    __repr__ = told_by_fields
 
     @property
     def count(self) -> float:
@@ -169,6 +176,12 @@ class LayerSpectrum:
     distance_before: float
     distance_after: float
 
+    def __repr__(self) -> str:
+        blocks, rows, columns = self.shape
+        size = f"{rows} × {columns}" if blocks == 1 else f"{blocks} × {rows} × {columns}"
+        distances = f"distance {figure(self.distance_before)} → {figure(self.distance_after)}"
+        return told(self, shortened(self.name), size, distances)
+
     @property
     def difference(self) -> float:
         """‖s^a − s^b‖ over the mean of ‖s^a‖ and ‖s^b‖: how far the spectra of A and B differ."""
@@ -214,6 +227,10 @@ class Spectra:
     distance_after: float
     exact: bool
     method: str
+
+    def __repr__(self) -> str:
+        distances = f"distance {figure(self.distance_before)} → {figure(self.distance_after)}"
+        return told(self, self.method, counted(len(self.layers), "layer"), distances)
 
     @property
     def overlaps(self) -> tuple[Overlap, ...]:

@@ -8,6 +8,7 @@ Suffixes: N models, U units of a space with all its copies, K top images.
 """
 
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.spaces import Site, Space
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import LinearMap
+from isthmus.wording import counted, shortened, told
 
 # Correlation from which a merged unit counts as a model's feature. The mean of two unrelated units has 1/√2 = .71 with
 # each of them: a threshold below that would call such a mixture the feature of both.
@@ -84,6 +86,11 @@ class SpaceFates:
     responses: Mapping[str, Float[Tensor, "images units"]] = field(default_factory=dict)
     moves: tuple[SlotMap, ...] = ()
 
+    def __repr__(self) -> str:
+        labels = Counter(self.labels)
+        kinds = ", ".join(f"{count} {label}" for label, count in labels.most_common())
+        return told(self, shortened(self.space), counted(len(self.before), "unit"), kinds or None)
+
     @property
     def mixes(self) -> bool:
         """Whether linear maps mix the units so that no unit of some model counts for most of a slot, in the median."""
@@ -127,6 +134,10 @@ class UnitFates:
     skipped: Mapping[str, str]
     moments: Moments
     images: int
+
+    def __repr__(self) -> str:
+        skipped = f"{len(self.skipped)} skipped" if self.skipped else None
+        return told(self, counted(len(self.spaces), "space"), counted(self.images, "image"), skipped)
 
 
 def measure_units(

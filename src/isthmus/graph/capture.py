@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from isthmus.errors import InputError, ModelError, TraceError
 from isthmus.graph.batch_size import first_mixing
+from isthmus.wording import counted, told
 
 
 @dataclass(eq=False)
@@ -40,6 +41,10 @@ class Program:
     inputs: list[str] = field(default_factory=list)
     fixed_size: bool = False
     _recaptured: dict[tuple[Any, ...], "Program"] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        nodes, inputs = counted(len(self.graph.nodes), "node"), counted(len(self.inputs), "input")
+        return told(self, type(self.module).__name__, nodes, inputs)
 
     @property
     def graph(self) -> fx.Graph:

@@ -16,6 +16,7 @@ from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.gains import has_diagonal_sites
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import Permutation, Transform
+from isthmus.wording import told_by_fields
 
 
 @dataclass(eq=False)
@@ -38,6 +39,8 @@ class MatchingProblem:
     symmetries: Sequence[Symmetry] = ()
     _joint: dict[str, dict[str, JointMoments]] = field(default_factory=dict, repr=False)
     _moments: dict[str, Moments] = field(default_factory=dict, repr=False)
+
+    __repr__ = told_by_fields
 
     @property
     def states(self) -> list[State]:

@@ -27,6 +27,7 @@ from isthmus.progress import progress
 from isthmus.registry import configure_text, spell
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry
+from isthmus.wording import counted, figure, told, told_by_fields
 
 RAW = "raw"
 DEFAULT_AVERAGES = ("mean", "pleas")
@@ -60,6 +61,8 @@ class Row:
     memory: int | None = None
     note: str = ""
 
+    __repr__ = told_by_fields
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -74,6 +77,11 @@ class Comparison:
     parents: tuple[Score, ...]
     ensemble: Score
     rows: tuple[Row, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        best = self.best
+        winner = f"best {best.method} + {best.average} + {best.repair}, loss {figure(best.loss)}" if best else None
+        return told(self, counted(len(self.parents), "parent"), counted(len(self.rows), "row"), winner)
 
     @property
     def best(self) -> Row | None:

@@ -14,6 +14,7 @@ from isthmus.observe.given import as_modules
 from isthmus.observe.running_statistics import normalisation_layers, reset_statistics
 from isthmus.observe.score import Loss, Score, evaluate
 from isthmus.progress import progress
+from isthmus.wording import counted, figure, told
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Curve:
     raw_losses: tuple[float, ...]
     raw_accuracies: tuple[float, ...]
     repair: str | None
+
+    def __repr__(self) -> str:
+        points = counted(len(self.lambdas), "point")
+        return told(self, points, f"barrier {figure(self.barrier)}", f"error barrier {figure(self.error_barrier)}")
 
     @property
     def barrier(self) -> float:

@@ -21,6 +21,7 @@ from isthmus.symmetry.alignment import Alignment, apply
 from isthmus.symmetry.spaces import Space
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import Permutation, Transforms, as_matrix, compose, flat_indices
+from isthmus.wording import counted, figure, shortened, told
 
 Triangle = tuple[int, int, int]
 
@@ -43,6 +44,11 @@ class CycleError:
     triangles: tuple[Triangle, ...]
     lost: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     distances: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        triangles = counted(len(self.triangles), "triangle")
+        lost, distance = f"share lost {figure(self.share_lost)}", f"distance {figure(self.distance)}"
+        return told(self, shortened(self.method), triangles, lost, distance)
 
     @property
     def share_lost(self) -> float:

@@ -20,6 +20,7 @@ from isthmus.observe.running_statistics import reset_statistics
 from isthmus.observe.score import Loss, evaluate
 from isthmus.progress import progress
 from isthmus.state import State
+from isthmus.wording import counted, figure, told
 
 EDGE_POINTS = 5  # places on an edge of a triangle: 15 in all, and its centre
 
@@ -43,6 +44,9 @@ class Simplex:
     raw_losses: tuple[float, ...]
     raw_accuracies: tuple[float, ...]
     repair: str | None
+
+    def __repr__(self) -> str:
+        return told(self, counted(self.models, "model"), counted(len(self.losses), "place"), _range_of(self.losses))
 
     @property
     def models(self) -> int:
@@ -130,6 +134,10 @@ class Plane:
     losses: tuple[tuple[float, ...], ...]
     accuracies: tuple[tuple[float, ...], ...]
 
+    def __repr__(self) -> str:
+        losses = _range_of([loss for row in self.losses for loss in row])
+        return told(self, f"{len(self.y)} × {len(self.x)} points", losses)
+
     def coefficients(self, x: float, y: float) -> tuple[float, ...]:
         """The c_m of the weights Σ c_m W_m at a point; they sum to one, and some are below 0 outside the triangle."""
         return _barycentric(self.models, x, y)
@@ -143,6 +151,11 @@ class Plane:
             "losses": [list(row) for row in self.losses],
             "accuracies": [list(row) for row in self.accuracies],
         }
+
+
+def _range_of(losses: Sequence[float]) -> str | None:
+    """The least and the largest loss, in words; None where there is none."""
+    return f"losses {figure(min(losses))} … {figure(max(losses))}" if losses else None
 
 
 def walk_simplex(

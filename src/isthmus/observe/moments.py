@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.errors import DataError, SymmetryError
+from isthmus.wording import counted, told
 
 # Rows of one float32 product; its sum is then added in float64, so rounding does not grow with the number of samples.
 CHUNK = 4096
@@ -28,6 +29,10 @@ class SpaceMoments:
     count: int
     mean: Float[Tensor, "models units"]
     covariance: Float[Tensor, "models units models units"]
+
+    def __repr__(self) -> str:
+        models, units = self.mean.shape
+        return told(self, counted(models, "model"), counted(units, "unit"), counted(self.count, "sample"))
 
     def between(self, first: int, second: int) -> Float[Tensor, "units units"]:
         """Covariance of the units of one model with those of another.
@@ -75,6 +80,10 @@ class JointMoments:
     mean: tuple[Float[Tensor, " _"], ...]
     covariance: Float[Tensor, "total total"]
 
+    def __repr__(self) -> str:
+        widths = " + ".join(str(len(mean)) for mean in self.mean)
+        return told(self, counted(len(self.mean), "model"), f"{widths} units", counted(self.count, "sample"))
+
     def between(self, first: int, second: int) -> Float[Tensor, "rows columns"]:
         """Covariance of the units of one model with those of another, as `SpaceMoments.between`."""
         starts = np.cumsum([0, *(len(mean) for mean in self.mean)])
@@ -100,6 +109,9 @@ class Moments:
     spaces: Mapping[str, SpaceMoments]
     at: str
     samples: int
+
+    def __repr__(self) -> str:
+        return told(self, counted(len(self.spaces), "space"), self.at, counted(self.samples, "input"))
 
     def __getitem__(self, space: str) -> SpaceMoments:
         if space not in self.spaces:

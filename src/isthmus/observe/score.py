@@ -12,6 +12,7 @@ from isthmus.data.batches import read_batches
 from isthmus.errors import DataError, ModelError
 from isthmus.observe.given import as_modules
 from isthmus.state import first_float
+from isthmus.wording import told_by_fields
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -26,6 +27,8 @@ class Score:
     loss: float
     accuracy: float | None
     count: int
+
+    __repr__ = told_by_fields
 
 
 def evaluate(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:

@@ -25,6 +25,7 @@ from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.spaces import Site
 from isthmus.symmetry.traced_graph import BatchNorm
 from isthmus.symmetry.transform import Transform, from_front, move_site, to_front
+from isthmus.wording import counted, told
 
 BATCH_NORM = "aten.batch_norm.default"
 
@@ -129,6 +130,11 @@ class PartialZip(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.alignment = alignment
         self.eval()
+
+    def __repr__(self) -> str:
+        """One line; the modules themselves lie in `trunk` and `heads`."""
+        trunk = counted(sum(tensor.numel() for tensor in self.trunk.parameters()), "parameter")
+        return told(self, counted(len(self), "model"), f"a trunk of {trunk}", f"joined by {self.alignment.method}")
 
     def __len__(self) -> int:
         return len(self.parts)

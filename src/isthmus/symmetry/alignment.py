@@ -15,6 +15,7 @@ from isthmus.errors import InputError, TransformError
 from isthmus.symmetry.gains import fold_state
 from isthmus.symmetry.symmetry import Symmetry, check_counterpart
 from isthmus.symmetry.transform import LinearMap, Permutation, Transform, Transforms, compose, invert, move_state
+from isthmus.wording import counted, figure, told
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,16 @@ class Alignment:
                         )
                 if transform is None:
                     raise TransformError(f"model {index} has no transform for space {space.name}: give one per space")
+
+    def __repr__(self) -> str:
+        return told(
+            self,
+            self.method,
+            counted(len(self), "model"),
+            counted(len(self.symmetry), "space"),
+            None if self.objective is None else f"objective {figure(self.objective)}",
+            "converged" if self.converged else "not converged",
+        )
 
     def __len__(self) -> int:
         return len(self.transforms)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from isthmus.errors import SymmetryError
+from isthmus.wording import counted, shortened, told, told_by_fields
 
 
 class Group(enum.Enum):
@@ -43,6 +44,12 @@ class Site:
         if self.role not in ROLES:
             raise SymmetryError(f"role {self.role!r} of {self.parameter}: use one of {', '.join(ROLES)}")
 
+    def __repr__(self) -> str:
+        copies, size, repeat = self.positions.shape
+        dims = ", ".join(map(str, self.dims))
+        places = f"{repeat} places each" if repeat > 1 else None
+        return told(self, f"{shortened(self.parameter)} along {dims}", self.role, f"{copies} × {size} units", places)
+
 
 @dataclass(frozen=True, eq=False)
 class Space:
@@ -64,6 +71,11 @@ class Space:
     parent: str | None = None
     copies: int = 1
 
+    def __repr__(self) -> str:
+        units = f"{self.copies} × {self.size} units" if self.copies > 1 else counted(self.size, "unit")
+        parent = f"inside {shortened(self.parent)}" if self.parent is not None else None
+        return told(self, shortened(self.name), units, self.group.value, parent, counted(len(self.sites), "site"))
+
 
 @dataclass(frozen=True)
 class Consumer:
@@ -78,6 +90,8 @@ class Consumer:
     weight: str
     dim: int
     bias: str | None = None
+
+    __repr__ = told_by_fields
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,11 @@ class Gain:
     consumers: tuple[Consumer, ...] = ()
     obstacle: str = ""
 
+    def __repr__(self) -> str:
+        readers = f"folds into {counted(len(self.consumers), 'consumer')}"
+        fate = f"cannot be folded: {shortened(self.obstacle, 80)}" if self.obstacle else readers
+        return told(self, shortened(self.parameter), fate)
+
 
 @dataclass(frozen=True, eq=False)
 class Gauge:
@@ -116,6 +135,9 @@ class Gauge:
     space: str
     kind: str
     sites: tuple[Site, ...] = ()
+
+    def __repr__(self) -> str:
+        return told(self, shortened(self.space), self.kind)
 
 
 @dataclass(frozen=True)
@@ -139,3 +161,8 @@ class Frozen:
     module: str
     reason: str
     expected: bool = True
+
+    def __repr__(self) -> str:
+        lost = None if self.expected else "lost to tracing"
+        place = f"{shortened(self.parameter)} along {self.dim}"
+        return told(self, place, counted(self.units, "unit"), lost, shortened(self.reason, 80))

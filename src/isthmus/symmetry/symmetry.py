@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from isthmus.errors import SymmetryError
 from isthmus.symmetry.encoding import decode_site, encode_site
 from isthmus.symmetry.spaces import Consumer, Frozen, Gain, Gauge, Group, Site, Space
 from isthmus.symmetry.traced_graph import Graph
+from isthmus.wording import counted, html_table, plain_table, told
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +38,44 @@ class Symmetry:
     gains: tuple[Gain, ...] = ()
     gauges: tuple[Gauge, ...] = ()
     graph: Graph | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        return told(
+            self,
+            counted(len(self), "space"),
+            counted(self.free_units, "free unit"),
+            counted(len(self.frozen), "frozen axis", "frozen axes"),
+        )
+
+    def __str__(self) -> str:
+        """A table of the spaces, and what else there is in a last line."""
+        head, rows = self._table()
+        return f"{plain_table(head, rows)}\n{self._rest()}"
+
+    def _repr_html_(self) -> str:
+        """The same table in notebooks."""
+        return html_table(*self._table(), foot=self._rest())
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str | int, ...]]]:
+        """The head and the rows of the table of spaces."""
+        rows: list[tuple[str | int, ...]] = [
+            (space.name, space.size, space.copies, space.group.value, space.parent or "–", len(space.sites))
+            for space in self
+        ]
+        return ("space", "size", "copies", "group", "parent", "sites"), rows
+
+    def _rest(self) -> str:
+        """What moves in all, what is frozen, and what else may be done."""
+        lost = sum(not item.expected for item in self.frozen)
+        kinds = Counter(gauge.kind for gauge in self.gauges)
+        told_gauges = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        facts = [
+            counted(self.free_units, "free unit"),
+            counted(len(self.frozen), "frozen axis", "frozen axes") + (f" ({lost} lost to tracing)" if lost else ""),
+            counted(len(self.gains), "norm gain") if self.gains else "",
+            f"gauges: {told_gauges}" if told_gauges else "",
+        ]
+        return "; ".join(fact for fact in facts if fact)
 
     def __getitem__(self, name: str) -> Space:
         for space in self.spaces:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from isthmus.graph.capture import Program
 from isthmus.symmetry.spaces import Site
+from isthmus.wording import counted, told
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,9 @@ class Graph:
     contractions: list[Contraction]
     batch_norms: list[BatchNorm]
     partial: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        nodes = counted(len(self.program.graph.nodes), "node")
+        return told(
+            self, nodes, counted(len(self.contractions), "contraction"), counted(len(self.batch_norms), "BatchNorm")
+        )

@@ -16,6 +16,7 @@ from torch import Tensor
 from isthmus.errors import ModelError, TransformError
 from isthmus.symmetry.spaces import Site, Space
 from isthmus.symmetry.symmetry import Symmetry
+from isthmus.wording import counted, told
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,12 @@ class Permutation:
                 f"indices of shape {indices.shape} are no permutation: each row must hold 0 … size-1 once"
             )
         object.__setattr__(self, "indices", indices)
+
+    def __repr__(self) -> str:
+        copies, size = self.indices.shape
+        moved = int((self.indices != np.arange(size)).sum())
+        units = f"{copies} × {size} units" if copies > 1 else counted(size, "unit")
+        return told(self, units, f"{moved:,} of them moved" if moved else "identity")
 
     @staticmethod
     def identity(space: Space) -> "Permutation":
@@ -73,6 +80,11 @@ class LinearMap:
             )
         object.__setattr__(self, "into", into)
         object.__setattr__(self, "back", back)
+
+    def __repr__(self) -> str:
+        copies, frame, units = self.into.shape
+        times = f"{copies} copies" if copies > 1 else None
+        return told(self, f"{units} units into {frame} slots", times, str(self.into.dtype).removeprefix("torch."))
 
     @property
     def is_identity(self) -> bool:

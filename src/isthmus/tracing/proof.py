@@ -20,6 +20,7 @@ from isthmus.symmetry.spaces import Group, Space
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import Permutation, Transform, Transforms, move_state
 from isthmus.tracing.random_network import DRAWS, Sample, draw_network
+from isthmus.wording import counted, told
 
 # A control must exceed the tolerance by this factor to count as a change of the function, and not as rounding.
 CONTROL_FACTOR = 1e3
@@ -45,6 +46,12 @@ class Proof:
     controls: Mapping[str, float]
     no_ops: tuple[str, ...]
     dtype: str = "float64"
+
+    def __repr__(self) -> str:
+        errors = f"largest error {self.max_error:.1e} of {self.tolerance:.1e} allowed"
+        controls = f"{counted(len(self.controls), 'control')}, weakest {self.weakest_control:.1e}"
+        idle = counted(len(self.no_ops), "tensor without effect", "tensors without effect") if self.no_ops else None
+        return told(self, errors, counted(self.trials, "trial"), controls if self.controls else None, idle)
 
     @property
     def weakest_control(self) -> float:
