@@ -23,7 +23,7 @@ from isthmus.cli.commands import main
 from isthmus.data import load_data
 from isthmus.data.batches import as_batch
 from isthmus.explain.gallery import draw_matches
-from isthmus.explain.similarity import cka_matrix
+from isthmus.explain.layer_similarity import cka_matrix
 from isthmus.explain.spectrum import measure_spectra
 from isthmus.explain.taylor import taylor_barrier
 from isthmus.explain.units import measure_units

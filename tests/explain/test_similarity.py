@@ -15,13 +15,12 @@ from helpers.pairs import CNN, MLP, VGG_BN, data_of, planted, symmetry, trained
 from helpers.refusals import refuses
 from helpers.zoo import built, traced
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError
+from isthmus.explain.layer_similarity import _u_centred, cka_matrix
 from isthmus.explain.similarity import (
     Covariances,
     _canonical_correlations,
     _mean_cca,
-    _u_centred,
     cka,
-    cka_matrix,
     debiased_cka,
     matched_correlations,
     procrustes_distance,

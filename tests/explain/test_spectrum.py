@@ -20,8 +20,9 @@ from helpers.refusals import refuses
 from helpers.zoo import built, traced
 from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.explain.directions import EqualDistance, Intervention, MatchedPart, intervene, match_directions
-from isthmus.explain.spectrum import Spectra, _pairing, _summed, factorise, measure_spectra, weights_of
+from isthmus.explain.spectrum import Spectra, _pairing, _summed, measure_spectra
 from isthmus.explain.taylor import taylor_barrier
+from isthmus.explain.weights import factorise, weights_of
 from isthmus.match.base import identity_transforms
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.symmetry import Alignment, Permutation, Site, Space

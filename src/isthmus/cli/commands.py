@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -208,10 +208,6 @@ def _connect_command(
     as_json: AsJson = False,
 ) -> None:
     """Measure loss and accuracy along the line between two models, as they are and aligned."""
-    from isthmus.checkpoint.folders import new_folder
-    from isthmus.checkpoint.writing import write_text
-    from isthmus.report.curves import draw_curve
-    from isthmus.runs.facts import plain_json
     from isthmus.runs.run_connect import run_connect
 
     paths, options = split_options(checkpoints)
@@ -220,14 +216,7 @@ def _connect_command(
     def run() -> dict[str, Any]:
         return run_connect(recipe, points=points, split=split, raw=raw)
 
-    if out is None:
-        report = run()
-    else:
-        with new_folder(out, force) as folder:
-            report = run()
-            write_text(folder / "report.json", json.dumps(plain_json(report), indent=1))
-            for kind in ("svg", "png"):
-                (folder / f"curve.{kind}").write_bytes(draw_curve(report, kind))
+    report = _run_into(out, force, run, _write_curve)
     if as_json:
         return print_json(report)
     print_method(report["method"])
@@ -269,10 +258,6 @@ def _compare_command(
     as_json: AsJson = False,
 ) -> None:
     """Merge the same checkpoints in every way, and score each beside the parents and their ensemble."""
-    from isthmus.checkpoint.folders import new_folder
-    from isthmus.checkpoint.writing import write_text
-    from isthmus.report.bars import draw_comparison
-    from isthmus.runs.facts import plain_json
     from isthmus.runs.run_compare import run_compare
 
     recipe = build_recipe(
@@ -286,21 +271,53 @@ def _compare_command(
             split=split, cycles=cycles,
         )  # fmt: skip
 
-    if out is None:
-        report = run()
-    else:
-        with new_folder(out, force) as folder:
-            report = run()
-            write_text(folder / "compare.json", json.dumps(plain_json(report), indent=1))
-            write_text(folder / "table.md", report["table"])
-            for kind in ("svg", "png"):
-                (folder / f"compare.{kind}").write_bytes(draw_comparison(report["comparison"], kind))
+    report = _run_into(out, force, run, _write_comparison)
     if as_json:
         return print_json(report)
     print_comparison(report)
     if out is not None:
         console.print(f"written to {escape(str(out))}: table.md, compare.json, compare.svg, compare.png")
     return None
+
+
+def _run_into(
+    out: Path | None,
+    force: bool,
+    run: Callable[[], dict[str, Any]],
+    write: Callable[[Path, Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """What a run finds; where a folder is named, it is claimed first, and what was found is written into it."""
+    from isthmus.checkpoint.folders import new_folder
+
+    if out is None:
+        return run()
+    with new_folder(out, force) as folder:
+        report = run()
+        write(folder, report)
+    return report
+
+
+def _write_curve(folder: Path, report: Mapping[str, Any]) -> None:
+    """Writes the curves of a run as JSON and as pictures."""
+    from isthmus.checkpoint.writing import write_text
+    from isthmus.report.curves import draw_curve
+    from isthmus.runs.facts import plain_json
+
+    write_text(folder / "report.json", json.dumps(plain_json(report), indent=1))
+    for kind in ("svg", "png"):
+        (folder / f"curve.{kind}").write_bytes(draw_curve(report, kind))
+
+
+def _write_comparison(folder: Path, report: Mapping[str, Any]) -> None:
+    """Writes a comparison as JSON, as a table and as pictures."""
+    from isthmus.checkpoint.writing import write_text
+    from isthmus.report.bars import draw_comparison
+    from isthmus.runs.facts import plain_json
+
+    write_text(folder / "compare.json", json.dumps(plain_json(report), indent=1))
+    write_text(folder / "table.md", report["table"])
+    for kind in ("svg", "png"):
+        (folder / f"compare.{kind}").write_bytes(draw_comparison(report["comparison"], kind))
 
 
 @app.command("explain")

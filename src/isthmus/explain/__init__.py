@@ -4,11 +4,10 @@ from isthmus.explain.claims import Claim, judge_claims
 from isthmus.explain.directions import Intervention, intervene, match_directions
 from isthmus.explain.features import Pictures, respond, visualise, visualise_many
 from isthmus.explain.images import ImageStatistics, high_frequency_share, measure_images, spectrum_of
+from isthmus.explain.layer_similarity import CKAMatrix, cka_matrix
 from isthmus.explain.parametrisations import FourierImages, Maco
 from isthmus.explain.similarity import (
-    CKAMatrix,
     cka,
-    cka_matrix,
     debiased_cka,
     matched_correlations,
     procrustes_distance,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from isthmus.data.batches import check_data
 from isthmus.errors import InputError
-from isthmus.explain.spectrum import Factors, as_pair, factorise, measure_spectra, plain, weights_of, with_graph
+from isthmus.explain.spectrum import measure_spectra, plain
 from isthmus.explain.taylor import in_float
+from isthmus.explain.weights import Factors, as_pair, factorise, weights_of, with_graph
 from isthmus.match import align
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.measure.connect import connect

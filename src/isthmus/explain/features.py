@@ -193,14 +193,7 @@ def visualise_many(
         raise InputError(
             f"{', '.join(str(len(each)) for each in wanted)} units and {len(names)} slots: give as many of each"
         )
-    if isinstance(data, ImageStatistics):
-        statistics = data
-        if len(data.low) != target.shape[0] or (
-            data.magnitude is not None and data.magnitude.shape != rfft_shape(target.shape)
-        ):
-            raise DataError(f"these statistics are of images of another shape than {list(target.shape)}: measure again")
-    else:
-        statistics = assumed_statistics(target.shape[0]) if data is None else measure_images(data, target.shape)
+    statistics = _statistics_of(data, target)
     found = []
     for module, own in zip(modules, wanted, strict=True):
         start = time.perf_counter()
@@ -228,6 +221,21 @@ def visualise_many(
             )
         )
     return tuple(found)
+
+
+def _statistics_of(data: Any, target: Target) -> ImageStatistics:
+    """What is known of the data's images: given, measured on batches, or assumed where there are none.
+
+    Raises:
+        DataError: The statistics are of images of another shape.
+    """
+    if not isinstance(data, ImageStatistics):
+        return assumed_statistics(target.shape[0]) if data is None else measure_images(data, target.shape)
+    if len(data.low) != target.shape[0] or (
+        data.magnitude is not None and data.magnitude.shape != rfft_shape(target.shape)
+    ):
+        raise DataError(f"these statistics are of images of another shape than {list(target.shape)}: measure again")
+    return data
 
 
 def respond(

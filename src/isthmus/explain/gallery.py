@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from isthmus.data.batches import read_batches
 from isthmus.errors import InputError
-from isthmus.explain.features import respond, visualise_many
+from isthmus.explain.features import Pictures, respond, visualise_many
 from isthmus.explain.images import measure_images
 from isthmus.explain.moves import matched_correlation
 from isthmus.explain.units import MERGED, NAIVE, SpaceFates, UnitFates
@@ -138,66 +138,90 @@ def draw_gallery(
     seconds = 0.0
     for name in progress(wanted, "drawing units"):
         own = units.spaces[name]
-        picked = _choose_units(own, each)
-        slots = [unit for unit, _ in picked]
-        sources = {letter: own.sources[index][slots].tolist() for index, letter in enumerate(own.names)}
-        sources |= {MERGED: slots, NAIVE: sources[own.names[0]]}
-        # Where no unit of a model stands in a slot, another one is drawn, so that all have as many, and not shown.
-        absent = {network: [unit < 0 for unit in units] for network, units in sources.items()}
-        sources = {network: [max(unit, 0) for unit in units] for network, units in sources.items()}
+        picked = _pick_units(own, each)
+        slots, wished = [unit for unit, _ in picked.units], [picked.sources[network] for network in networks]
         drawn = visualise_many(
-            list(networks.values()),
-            symmetry,
-            name,
-            [sources[network] for network in networks],
-            statistics,
-            method=method,
-            steps=steps,
-            seed=seed,
-            slots=slots,
-        )
+            list(networks.values()), symmetry, name, wished, statistics,
+            method=method, steps=steps, seed=seed, slots=slots,
+        )  # fmt: skip
         seconds += sum(each.seconds for each in drawn)
         by_network = dict(zip(networks, drawn, strict=True))
-        crossed: dict[str, list[list[float]]] = {}
-        for network in (MERGED, NAIVE):
-            if network in networks:
-                crossed[network] = [
-                    _percentiles(
-                        respond(networks[network], symmetry, name, [by_network[letter].images], sources[network]),
-                        own.responses[network][:, sources[network]],
-                    )
-                    for letter in own.names
-                ]
-        chosen[name] = tuple(
-            Chosen(
-                unit,
-                group,
-                *(
-                    tuple(
-                        math.nan if absent[letter][place] or absent[network][place] else row[place]
-                        for letter, row in zip(own.names, crossed.get(network, ()), strict=False)
-                    )
-                    for network in (MERGED, NAIVE)
-                ),
-            )
-            for place, (unit, group) in enumerate(picked)
-        )
+        chosen[name] = _judge_pictures(own, picked, networks, by_network, symmetry)
         pictures[name] = {
             str(unit): {
                 "pictures": {
                     network: _picture_uri(each.pixels(mean, std)[place])
                     for network, each in by_network.items()
-                    if not absent[network][place]
+                    if not picked.absent[network][place]
                 },
                 "top": {
-                    network: shown.strip(own.top[network][sources[network][place] if network == NAIVE else unit])
+                    network: shown.strip(own.top[network][picked.sources[network][place] if network == NAIVE else unit])
                     for network in networks
-                    if not absent[network][place]
+                    if not picked.absent[network][place]
                 },
             }
-            for place, (unit, _) in enumerate(picked)
+            for place, (unit, _) in enumerate(picked.units)
         }
     return Gallery(chosen, pictures, seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class PickedUnits:
+    """The units of one space that are drawn, and which of every network's units stand in their slots.
+
+    Attributes:
+        units: Units of the merged network, each with the group for which it was picked.
+        sources: For every network, its unit in each slot; another one where there is none, so that all have as many.
+        absent: For every network, where none of its units stands in the slot: what is drawn there is not shown.
+    """
+
+    units: tuple[tuple[int, str], ...]
+    sources: dict[str, list[int]]
+    absent: dict[str, list[bool]]
+
+
+def _pick_units(own: SpaceFates, each: int) -> PickedUnits:
+    """The best, the middle and the worst units of a space, and those of every network in their slots."""
+    picked = _choose_units(own, each)
+    slots = [unit for unit, _ in picked]
+    sources: dict[str, list[int]] = {
+        letter: own.sources[index][slots].tolist() for index, letter in enumerate(own.names)
+    }
+    sources |= {MERGED: slots, NAIVE: sources[own.names[0]]}
+    absent = {network: [unit < 0 for unit in units] for network, units in sources.items()}
+    sources = {network: [max(unit, 0) for unit in units] for network, units in sources.items()}
+    return PickedUnits(tuple(picked), sources, absent)
+
+
+def _judge_pictures(
+    own: SpaceFates,
+    picked: PickedUnits,
+    networks: Mapping[str, nn.Module],
+    drawn: Mapping[str, Pictures],
+    symmetry: Symmetry,
+) -> tuple[Chosen, ...]:
+    """The picked units of a space, with how strongly averages answer to the pictures of the models' units."""
+    crossed = {
+        network: [
+            _percentiles(
+                respond(networks[network], symmetry, own.space, [drawn[letter].images], picked.sources[network]),
+                own.responses[network][:, picked.sources[network]],
+            )
+            for letter in own.names
+        ]
+        for network in (MERGED, NAIVE)
+        if network in networks
+    }
+
+    def row(network: str, place: int) -> tuple[float, ...]:
+        return tuple(
+            math.nan if picked.absent[letter][place] or picked.absent[network][place] else values[place]
+            for letter, values in zip(own.names, crossed.get(network, ()), strict=False)
+        )
+
+    return tuple(
+        Chosen(unit, group, row(MERGED, place), row(NAIVE, place)) for place, (unit, group) in enumerate(picked.units)
+    )
 
 
 def _percentiles(answers: Float[Tensor, "pictures units"], usual: Float[Tensor, "images units"]) -> list[float]:

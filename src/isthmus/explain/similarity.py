@@ -1,6 +1,6 @@
 """Similarity of what two networks compute: linear CKA, SVCCA, PWCCA, Procrustes distance, correlations of units.
 
-All of them but `debiased_cka` and `cka_matrix` are functions of covariances, so that they can be read from
+All of them but `debiased_cka` are functions of covariances, so that they can be read from
 `isthmus.Moments` without another pass over the data. None but the correlations of units depends on the order of units:
 they cannot tell a good matching from a bad one.
 
@@ -8,25 +8,15 @@ Suffixes: P units of the first network, Q units of the second.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from isthmus.data.batches import check_data
-from isthmus.errors import DataError, InputError, SymmetryError
-from isthmus.graph.reader import Reader, program_for
-from isthmus.observe.given import as_modules, symmetry_of
-from isthmus.observe.layers import take
+from isthmus.errors import DataError, InputError
 from isthmus.observe.moments import CHUNK, JointMoments, Moments, SpaceMoments
-from isthmus.progress import progress
-from isthmus.state import first_float
 from isthmus.symmetry.alignment import Alignment
-from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import LinearMap, flat_indices
 from isthmus.wording import told_by_fields
 
@@ -34,9 +24,6 @@ from isthmus.wording import told_by_fields
 # walk does.
 MOMENTS_PRECISION = float(torch.finfo(torch.float32).eps) * math.sqrt(CHUNK)
 
-# Why a layer has no row in the matrix.
-NO_VARIANCE = "its units do not vary on this data"
-NO_BATCH_DIMENSION = "its value has no dimension of the batch in front"
 
 # The unbiased estimator divides by n − 3.
 FEWEST = 4
@@ -70,7 +57,7 @@ class Covariances:
         Raises:
             DataError: No samples, or NaN or infinite numbers.
         """
-        x, y = _centred(x), _centred(y)
+        x, y = centred_rows(x), centred_rows(y)
         count = len(x)
         size = max(count, x.shape[1], y.shape[1])
         precision = size * torch.finfo(torch.float64).eps
@@ -84,7 +71,7 @@ class Covariances:
         return Covariances(own, other, between, moments.count, MOMENTS_PRECISION)
 
 
-def _centred(x: Float[Tensor, "samples units"]) -> Float[Tensor, "samples units"]:
+def centred_rows(x: Float[Tensor, "samples units"]) -> Float[Tensor, "samples units"]:
     """Rows in float64 without their mean.
 
     Raises:
@@ -111,7 +98,7 @@ def cka(covariances: Covariances) -> float:
     Source: Kornblith, Norouzi, Lee, Hinton, "Similarity of neural network representations revisited", ICML 2019.
     """
     scale = float(covariances.first.norm() * covariances.second.norm())
-    _require_variance(scale)
+    require_variance(scale)
     return float(covariances.between.square().sum()) / scale
 
 
@@ -127,9 +114,9 @@ def debiased_cka(x: Float[Tensor, "samples p"], y: Float[Tensor, "samples q"]) -
         2021. With linear kernels it needs no samples × samples matrix.
     """
     _require_rows(x, y, FEWEST)
-    x, y = _centred(x), _centred(y)
+    x, y = centred_rows(x), centred_rows(y)
     own, other, shared = _unbiased_hsic(x, x), _unbiased_hsic(y, y), _unbiased_hsic(x, y)
-    _require_variance(min(own, other))
+    require_variance(min(own, other))
     return shared / math.sqrt(own * other)
 
 
@@ -219,7 +206,7 @@ def procrustes_distance(covariances: Covariances) -> float:
     Source: Ding, Denain, Steinhardt, "Grounding representation similarity through statistical testing", NeurIPS 2021.
     """
     scale = math.sqrt(float(covariances.first.trace() * covariances.second.trace()))
-    _require_variance(scale)
+    require_variance(scale)
     # Rounding must not make the distance of a network to itself negative.
     return max(0.0, 2 - 2 * float(torch.linalg.svdvals(covariances.between).sum()) / scale)
 
@@ -273,7 +260,7 @@ def _whitened(covariances: Covariances) -> tuple[Tensor, Tensor, Float[Tensor, "
     for matrix in (covariances.first, covariances.second):
         values, vectors = torch.linalg.eigh(matrix)
         kept = values > covariances.precision * values.max().clamp_min(0)
-        _require_variance(float(kept.sum()))
+        require_variance(float(kept.sum()))
         scale = values[kept].sqrt()
         roots.append(vectors[:, kept] * scale)
         inverses.append(vectors[:, kept] / scale)
@@ -297,13 +284,13 @@ def _principal_directions(
     """
     values, vectors = torch.linalg.eigh(matrix)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    _require_variance(float(values.sum()))
+    require_variance(float(values.sum()))
     held = values.cumsum(dim=0) / values.sum()
     count = min(int((held < variance - precision).sum()) + 1, len(values))
     return vectors[:, :count]
 
 
-def _require_variance(scale: float) -> None:
+def require_variance(scale: float) -> None:
     """Refuses units that are constant.
 
     Raises:
@@ -321,147 +308,3 @@ def _require_rows(x: Tensor, y: Tensor, fewest: int) -> None:
     """
     if len(x) != len(y) or len(x) < fewest:
         raise DataError(f"{len(x)} and {len(y)} samples: give the same {fewest} or more of both networks")
-
-
-@dataclass(frozen=True, eq=False)
-class CKAMatrix:
-    """CKA of every layer of one network with every layer of another.
-
-    Attributes:
-        layers: State-dict names of the layers' weights, in the order in which the graph runs them; with the graph's
-            node where several products share a weight.
-        values: Unbiased linear CKA, the first network's layers down and the second's across.
-        samples: Inputs read.
-        batches: In how many batches.
-        skipped: Layers without a row, with the reason.
-    """
-
-    layers: tuple[str, ...]
-    values: Float[np.ndarray, "layers layers"]
-    samples: int
-    batches: int
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-    __repr__ = told_by_fields
-
-    def to_dict(self) -> dict[str, Any]:
-        """All figures as plain JSON values."""
-        return {
-            "layers": list(self.layers),
-            "values": self.values.tolist(),
-            "samples": self.samples,
-            "batches": self.batches,
-            "skipped": dict(self.skipped),
-        }
-
-
-def cka_matrix(
-    models: Sequence[nn.Module], symmetry: Symmetry | None = None, data: Any = None, *, samples: int = 2000
-) -> CKAMatrix:
-    """CKA between all layers of two models, from what every product with a weight gives out.
-
-    A layer's value is read before its normalisation and nonlinearity; one sample is one input, all positions and units
-    side by side as its features. HSIC is estimated without bias in every batch, from matrices of batch × batch, and
-    averaged over batches, so that the batch size moves the result by chance alone and memory stays small; kernels are
-    float32 products of centred features, everything behind them float64.
-
-    Args:
-        models: Two modules or state dicts of one architecture.
-        symmetry: What `trace` returned; found from the data's first batch if left out.
-        data: Re-iterable batches of four inputs or more; targets are not used.
-        samples: Inputs to use, from the start of the data; a last batch of fewer than four is left out.
-
-    Raises:
-        DataError: No data, fewer than four inputs, a batch of fewer, or no layer that varies; NaN in a layer.
-        InputError: Not two models.
-        ModelError: The models are not of one architecture, or hold NaN or infinite weights.
-        SymmetryError: The symmetry is of another architecture, or no layer can be read.
-
-    Source: Nguyen, Raghu, Kornblith, "Do wide and deep networks learn the same things?", ICLR 2021.
-    """
-    if len(models) != 2:
-        raise InputError(f"{len(models)} models: the matrix compares the layers of two")
-    check_data(data)
-    modules = as_modules(models)
-    symmetry = symmetry_of(modules[0], symmetry, None, data)
-    nodes = _layer_nodes(symmetry)
-    states = [dict(model.state_dict()) for model in modules]
-    batches = take(data, samples, first_float(states[0]))
-    if len(batches) > 1 and batches[-1].size < FEWEST <= batches[0].size:
-        batches = batches[:-1]
-    if min(batch.size for batch in batches) < FEWEST:
-        raise DataError(f"a batch of fewer than {FEWEST} inputs: an unbiased CKA needs {FEWEST} in every batch")
-    skipped: dict[str, str] = {}
-    own, other, shared = 0.0, 0.0, 0.0
-    for batch in progress(batches, "comparing layers"):
-        kernels: list[dict[str, Tensor]] = []
-        for state in states:
-            found: dict[str, Tensor] = {}
-            observers = {node: _kernel_of(found, node, batch.size) for node in nodes}
-            Reader(program_for(symmetry.traced.program, batch), observers).read(state, batch.clone())
-            kernels.append(found)
-        skipped |= {nodes[node]: NO_BATCH_DIMENSION for node in nodes if node not in kernels[0]}
-        if not kernels[0]:
-            raise SymmetryError("no layer's value has the batch in front: nothing can be compared")
-        x, y = (torch.stack(list(each.values())) for each in kernels)
-        scale = batch.size * (batch.size - 3)
-        own = own + x.square().sum(dim=1) / scale
-        other = other + y.square().sum(dim=1) / scale
-        shared = shared + x @ y.T / scale
-    assert isinstance(own, Tensor)
-    assert isinstance(other, Tensor)
-    assert isinstance(shared, Tensor)
-    names = [name for name in nodes.values() if name not in skipped]
-    varies = ((own > 0) & (other > 0)).tolist()
-    skipped |= {name: NO_VARIANCE for name, known in zip(names, varies, strict=True) if not known}
-    _require_variance(float(any(varies)))
-    values = (shared / torch.outer(own.sqrt(), other.sqrt()))[varies][:, varies]
-    layers = tuple(name for name, known in zip(names, varies, strict=True) if known)
-    return CKAMatrix(layers, values.numpy(), sum(batch.size for batch in batches), len(batches), skipped)
-
-
-def _layer_nodes(symmetry: Symmetry) -> dict[str, str]:
-    """The nodes of all products with a weight, in the graph's order, with what to call them.
-
-    Raises:
-        SymmetryError: The graph has none.
-    """
-    graph = symmetry.traced
-    if graph is None or not graph.contractions:
-        raise SymmetryError("the graph has no product with a weight: there is no layer to compare")
-    nodes: list[fx.Node] = list(graph.program.graph.nodes)
-    weight = {contraction.node: contraction.weight for contraction in graph.contractions}
-    names = list(weight.values())
-    return {
-        node.name: weight[node.name] if names.count(weight[node.name]) == 1 else f"{weight[node.name]} ({node.name})"
-        for node in nodes
-        if node.name in weight
-    }
-
-
-def _kernel_of(found: dict[str, Tensor], node: str, size: int) -> Any:
-    """An observer that keeps the U-centred linear kernel of a node's value, flattened, if the batch lies in front."""
-
-    def keep(value: Tensor) -> None:
-        if value.ndim < 2 or len(value) != size:
-            return
-        rows = value.detach().flatten(1)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        rows = _centred(rows).to(rows.dtype)
-        found[node] = _u_centred((rows @ rows.T).double().cpu()).flatten()
-
-    return keep
-
-
-def _u_centred(kernel: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """A kernel matrix with rows and columns centred as if its diagonal were unknown, and zero there.
-
-    The sum of the elementwise product of two such matrices, over n(n − 3), is HSIC₁.
-
-    Source: Székely, Rizzo, Annals of Statistics 2014.
-    """
-    n = len(kernel)
-    kernel = kernel - torch.diag(kernel.diagonal())
-    sums = kernel.sum(dim=1) / (n - 2)
-    kernel = kernel - sums - sums.unsqueeze(1) + kernel.sum() / ((n - 1) * (n - 2))
-    return kernel - torch.diag(kernel.diagonal())

@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.stats import spearmanr
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from isthmus.data.batches import check_data
 from isthmus.errors import InputError, TransformError
-from isthmus.graph.reader import Reader, node_shapes, program_for
-from isthmus.observe.given import as_modules, symmetry_of
-from isthmus.observe.layers import Layer, chunked_product, input_rows, layers_of, sample_positions, seen_by, take
+from isthmus.explain.layer_inputs import input_grams
+from isthmus.explain.weights import Factors, Weight, as_pair, factorise, weights_of, with_graph
+from isthmus.observe.given import as_modules
 from isthmus.progress import progress
-from isthmus.state import State, first_float, upcast
+from isthmus.state import State, upcast
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import move_state
@@ -36,60 +35,6 @@ THRESHOLDS = tuple(index / 10 for index in range(10))
 
 # Alignments of directions nearer than this are ties: they are sums of some 10³ products of float64 numbers up to one.
 TIE = 1e-9
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A weight matrix of the graph.
-
-    Attributes:
-        name: State-dict name of the parameter.
-        output: The parameter's dimension of produced units.
-        groups: Blocks of the matrix: groups of a convolution.
-    """
-
-    name: str
-    output: int
-    groups: int
-
-    __repr__ = told_by_fields
-
-    def blocks(self, state: State) -> Float[Tensor, "blocks rows columns"]:
-        """The matrix of a state, in float64 on the CPU."""
-        tensor = state[self.name].detach().cpu().double().movedim(self.output, 0)
-        return tensor.reshape(self.groups, tensor.shape[0] // self.groups, -1)
-
-    def restored(self, blocks: Float[Tensor, "blocks rows columns"], like: Tensor) -> Tensor:
-        """The parameter that `blocks` were taken from, in the dtype and on the device of `like`."""
-        turned = like.movedim(self.output, 0)
-        return blocks.reshape(turned.shape).movedim(0, self.output).to(like.device, like.dtype).contiguous()
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """The singular value decomposition of a weight matrix, block by block; values fall within each block."""
-
-    left: Float[Tensor, "blocks rows ranks"]
-    values: Float[Tensor, "blocks ranks"]
-    right: Float[Tensor, "blocks ranks columns"]
-
-    __repr__ = told_by_fields
-
-    @property
-    def precision(self) -> float:
-        """What singular values are computed to: the spacing of float64 at the largest, times the matrix's size."""
-        size = max(self.left.shape[1], self.right.shape[2])
-        return size * torch.finfo(torch.float64).eps * float(self.values.max())
-
-    def kept(self, threshold: float) -> Float[Tensor, "blocks ranks"]:
-        """1 for singular values of at least `threshold` times the layer's largest that are not zero, else 0."""
-        known = (self.values >= threshold * self.values.max()) & (self.values > self.precision)
-        return known.double()
-
-    def ordered(self, numbers: Float[Tensor, "blocks ranks"]) -> Float[Tensor, " kept"]:
-        """One number a direction, those of the largest singular values first; directions of value zero left out."""
-        order = self.values.flatten().argsort(descending=True, stable=True)
-        return numbers.flatten()[order[self.kept(0.0).flatten()[order] > 0]]
 
 
 @dataclass(frozen=True)
@@ -339,7 +284,7 @@ def measure_spectra(
         states = [dict(alignment.folded_state(state, index)) for index, state in enumerate(states)]
     framed = _carried(states, alignment)
     merged_state = None if merged is None else upcast(as_modules([modules[0], merged])[1].state_dict())
-    grams = _input_grams(states[0], symmetry, data, samples, rows, seed) if data is not None else {}
+    grams = input_grams(states[0], symmetry, data, samples, rows, seed) if data is not None else {}
     exact = alignment is None or alignment.is_exact
     why = "no data was given" if data is None else "its input rows cannot be gathered: a shared or transposed weight"
     layers = tuple(
@@ -355,58 +300,6 @@ def measure_spectra(
         exact,
         "identity" if alignment is None else alignment.method,
     )
-
-
-def as_pair(models: Sequence[nn.Module | State], module: nn.Module | None = None) -> list[nn.Module]:
-    """Two models as modules in `eval()`.
-
-    Raises:
-        InputError: Not two models.
-        ModelError: They are not of one architecture.
-    """
-    if len(models) != 2:
-        raise InputError(
-            f"{len(models)} models: singular directions are compared between two, with an alignment of two"
-        )
-    return as_modules(models, module)
-
-
-def with_graph(model: nn.Module, symmetry: Symmetry | None, data: Any) -> Symmetry:
-    """A symmetry of the model that has its graph.
-
-    Raises:
-        InputError: There is none, and no data to trace with.
-        SymmetryError: The symmetry is not the model's.
-    """
-    if symmetry is None and data is None:
-        raise InputError("no symmetry: give symmetry=isthmus.trace(model, inputs), an alignment, or data=")
-    found = symmetry_of(model, symmetry, None, data)
-    if found.graph is None:
-        raise InputError(
-            "the symmetry has no graph, in which weight matrices are found: trace the model, or give data="
-        )
-    return found
-
-
-def weights_of(symmetry: Symmetry, model: nn.Module) -> tuple[list[Weight], dict[str, str]]:
-    """Every weight matrix of the graph in the order of its first use, and the other trained tensors with the reason."""
-    graph = symmetry.traced
-    nodes: dict[str, fx.Node] = {node.name: node for node in graph.program.graph.nodes}
-    order = {name: index for index, name in enumerate(nodes)}
-    found: dict[str, Weight] = {}
-    for contraction in sorted(graph.contractions, key=lambda each: order[each.node]):
-        shape = symmetry.shapes[contraction.weight]
-        groups = 1
-        if len(shape) > 2 and contraction.output == 0:
-            groups = nodes[contraction.source].meta["val"].shape[contraction.channel] // shape[1]
-        found.setdefault(contraction.weight, Weight(contraction.weight, contraction.output, groups))
-    skipped = {
-        symmetry.tied.get(name, name): "no linear layer or plain convolution multiplies its input by this tensor itself"
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and parameter.ndim > 1 and symmetry.tied.get(name, name) not in found
-    }
-    skipped |= {name: "never read" for name in symmetry.untouched if name in skipped}
-    return list(found.values()), skipped
 
 
 def _carried(states: Sequence[State], alignment: Alignment | None) -> list[State]:
@@ -508,12 +401,6 @@ def _floats(values: Float[Tensor, " n"]) -> tuple[float, ...]:
     return tuple(values.tolist())
 
 
-def factorise(blocks: Float[Tensor, "blocks rows columns"]) -> Factors:
-    """The singular value decomposition of every block."""
-    left, values, right = torch.linalg.svd(blocks, full_matrices=False)
-    return Factors(left, values, right)
-
-
 def _descending(factors: Factors) -> Float[Tensor, " values"]:
     """Singular values of all blocks, falling."""
     return factors.values.flatten().sort(descending=True).values
@@ -552,44 +439,3 @@ def _input_shares(factors: Factors, gram: Float[Tensor, "blocks columns columns"
     total = float(gram.diagonal(dim1=1, dim2=2).sum())
     along = ((factors.right @ gram) * factors.right).sum(dim=2)
     return _floats(factors.ordered(along).cumsum(dim=0) / total) if total else None
-
-
-def _input_grams(
-    state: State, symmetry: Symmetry, data: Any, samples: int, rows: int, seed: int
-) -> dict[str, Float[Tensor, "blocks columns columns"]]:
-    """The uncentred second moment of what each layer's product reads, a matrix a group of channels, by weight."""
-    check_data(data)
-    batches = take(data, samples, first_float(state))
-    layers = layers_of(symmetry)
-    count = max(1, -(-rows // sum(batch.size for batch in batches)))
-    generator = torch.Generator().manual_seed(seed)
-    totals: dict[str, Tensor] = {}
-    seen_rows: dict[str, int] = {}
-    for batch in batches:
-        program = program_for(symmetry.traced.program, batch)
-        shapes = node_shapes(program)
-        seen: dict[str, Tensor] = {}
-        observers = {layer.contraction.source: seen_by(seen, layer.contraction.source) for layer in layers}
-        Reader(program, observers).read(state, batch.clone())
-        for layer in layers:
-            name, found = layer.contraction.weight, _layer_rows(layer, seen, shapes, state, count, generator)
-            products = torch.stack([chunked_product(part, part) for part in found]).cpu()
-            totals[name] = totals[name] + products if name in totals else products
-            seen_rows[name] = seen_rows.get(name, 0) + len(found[0])
-    return {name: total / seen_rows[name] for name, total in totals.items()}
-
-
-def _layer_rows(
-    layer: Layer,
-    seen: Mapping[str, Tensor],
-    shapes: Mapping[str, Sequence[int]],
-    state: State,
-    count: int,
-    generator: torch.Generator,
-) -> list[Float[Tensor, "rows inputs"]]:
-    """What a layer reads at up to `count` positions of every sample, in float32 at least, a matrix a group."""
-    shape = shapes[layer.contraction.node]
-    positions = sample_positions(layer, shape, count, generator)
-    value = seen[layer.contraction.source]
-    value = value.to(torch.promote_types(value.dtype, torch.float32))
-    return input_rows(layer, value, positions, state[layer.contraction.weight].shape[2:], shape)

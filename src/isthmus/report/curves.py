@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import escape
@@ -12,6 +12,7 @@ from isthmus.report.colours import DARK, LIGHT, css_name, css_variables
 from isthmus.report.figures import finite_number
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -245,6 +246,18 @@ def _fill_panel(axes: "Axes", curves: Mapping[str, Any], panel: str, colours: Ma
         marker = MARKERS[kind] if len(x) <= MOST_MARKERS else ""
         axes.plot(x, y, color=colour, linewidth=2, marker=marker, markersize=3.6, label=LABELS[kind])
     _limit(axes, curves, panel)
+    _write_rises(axes, rises, panel, colours)
+
+
+def _write_rises(
+    axes: "Axes",
+    rises: "Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]",
+    panel: str,
+    colours: Mapping[str, str],
+) -> None:
+    """Writes every curve's largest rise above its straight line, as it is known: kind, places, values and rises."""
+    import numpy as np
+
     low, high = axes.get_ylim()
     for kind, x, y, rise in rises:
         top = int(np.nanargmax(rise))

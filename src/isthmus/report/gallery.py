@@ -187,33 +187,11 @@ def _card(
     overlap = [_at(row, unit) for row in found.get("top_overlap") or []]
     across = entry.get("cross_activation") or []
     mine = (pictures.get(name, {}).get("units") or {}).get(str(unit)) or {}
-    drawn, top = mine.get("pictures") or {}, mine.get("top") or {}
 
     def of(values: Sequence[Any], index: int) -> float | None:
         return figures.finite_number(values[index]) if index < len(values) else None
 
-    columns = []
-    for index, model in enumerate([*models, "merged", "naive"]):
-        averaged = index >= len(models)
-        whose = f"unit {unit} of {name} in {f'the {model} network' if averaged else model}"
-        fits = per_model["r_models" if model == "merged" else "r_naive"] if averaged else []
-        columns.append(
-            {
-                "title": model if index < len(models) else model.capitalize(),
-                "css": chart.model_class(index) if index < len(models) else model,
-                "own": sources[index] if index < min(len(sources), len(models)) else None,
-                "picture": _show(drawn.get(model), whose),
-                "top": _show(top.get(model), f"images that excite {whose} most"),
-                "r": [
-                    (other, value)
-                    for other, value in zip(models, map(figures.finite_number, fits), strict=False)
-                    if value is not None
-                ],
-            }
-        )
-    columns = [
-        column for column in columns if column["picture"].given or column["top"].given or column["r"] or column["own"]
-    ]
+    columns = _columns(unit, name, models, mine, sources, per_model)
     pair, ratio = (
         figures.finite_number(_at(found.get("r_matched"), unit)),
         figures.finite_number(_at(found.get("norm_ratio"), unit)),
@@ -247,6 +225,49 @@ def _card(
             if any(value is not None for _, value in values)
         ],
     }
+
+
+def _columns(
+    unit: int,
+    name: str,
+    models: Sequence[str],
+    mine: Report,
+    sources: Sequence[Any],
+    per_model: Mapping[str, Sequence[Any]],
+) -> list[dict[str, Any]]:
+    """A column for each model, the merged network and the naive one, but those of which nothing is known.
+
+    Args:
+        unit: The merged network's unit.
+        name: Its space.
+        models: The models' letters.
+        mine: What was drawn of the unit: `pictures` and `top`.
+        sources: For each model, which of its units stands there.
+        per_model: Correlations with each model's unit, of the merged network's and of the naive one's.
+    """
+    drawn, top = mine.get("pictures") or {}, mine.get("top") or {}
+    columns = []
+    for index, model in enumerate([*models, "merged", "naive"]):
+        averaged = index >= len(models)
+        whose = f"unit {unit} of {name} in {f'the {model} network' if averaged else model}"
+        fits = per_model["r_models" if model == "merged" else "r_naive"] if averaged else []
+        columns.append(
+            {
+                "title": model if index < len(models) else model.capitalize(),
+                "css": chart.model_class(index) if index < len(models) else model,
+                "own": sources[index] if index < min(len(sources), len(models)) else None,
+                "picture": _show(drawn.get(model), whose),
+                "top": _show(top.get(model), f"images that excite {whose} most"),
+                "r": [
+                    (other, value)
+                    for other, value in zip(models, map(figures.finite_number, fits), strict=False)
+                    if value is not None
+                ],
+            }
+        )
+    return [
+        column for column in columns if column["picture"].given or column["top"].given or column["r"] or column["own"]
+    ]
 
 
 def _at(values: Any, unit: int) -> Any:

@@ -12,9 +12,9 @@ from isthmus.data.sets import Batches
 from isthmus.errors import InputError
 from isthmus.explain.claims import judge_claims
 from isthmus.explain.gallery import Gallery, draw_gallery, draw_matches, spaced, takes_images
+from isthmus.explain.layer_similarity import cka_matrix
 from isthmus.explain.parametrisations import PARAMETRISATIONS
 from isthmus.explain.questions import answer_questions
-from isthmus.explain.similarity import cka_matrix
 from isthmus.explain.spectrum import Spectra, measure_spectra
 from isthmus.explain.taylor import taylor_barrier
 from isthmus.explain.units import MERGED, NAIVE, UnitFates, measure_units
