@@ -27,7 +27,7 @@ RESHAPES = (
 
 
 def first_mixing(graph: fx.Graph, other: fx.Graph, inputs: Sequence[str]) -> str | None:
-    """The first node of which the shapes do not prove that every sample keeps its own place; None if there is none.
+    """The first node whose shapes do not prove that every sample keeps its own place; None if there is none.
 
     Of every value that the samples reach, exactly one dimension must grow as the batch does. Reshapes must keep what
     stands before it, and other operations its length, so that samples lie there one after the other.
@@ -85,7 +85,7 @@ def _paired(node: fx.Node, shapes: dict[str, list[Shape]]) -> list[tuple[Shape, 
 
 
 def _batch_sizes(inputs: Sequence[tuple[Shape, Shape]]) -> tuple[int, int] | None:
-    """The batch size in both graphs: that of the first input that differs, if in one dimension only."""
+    """The batch size in both graphs, from the first input that differs, if it does in one dimension only."""
     for a, b in inputs:
         if a != b:
             changed = [(m, n) for m, n in zip(a, b, strict=False) if m != n]

@@ -14,7 +14,7 @@ from isthmus.graph.reader import program_for
 class Sweep:
     """A network that is run breadth first: every node on all batches before the next node.
 
-    Values are kept until their last use, those of `keep` until `forget`.
+    Values are kept until their last use; values of nodes in `keep` are kept until `forget`.
 
     Args:
         program: The captured graph.

@@ -51,7 +51,7 @@ def solve_family(symmetry: Symmetry, root: Space, similarities: Mapping[str, Sim
         >>> alike = np.eye(4)[[3, 2, 0, 1]]  # unit 0 of the frame is like unit 3 of the model, 1 like 2, …
         >>> found = solve_family(Symmetry((heads, inner), (), {}), heads, {"heads/units": alike})
         >>> found["heads"].tolist(), found["heads/units"].tolist()
-        ([[1, 0]], [[[1, 0]], [[0, 1]]])
+        ([[1, 0]], [[1, 0], [0, 1]])
     """
     family = family_of(symmetry, root)
     values: dict[str, Similarity] = {}

@@ -114,7 +114,7 @@ def check_symmetry(symmetry: Symmetry, model: nn.Module) -> None:
     """Refuses a symmetry of another architecture.
 
     Raises:
-        SymmetryError: The names or shapes of the model's tensors are not those of the traced one.
+        SymmetryError: The model's tensors have other names or shapes than the traced model's.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     traced = {name: tuple(shape) for name, shape in symmetry.shapes.items()}

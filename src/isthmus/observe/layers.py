@@ -165,14 +165,14 @@ def unfold_layer(layer: Layer, weight: Tensor, bias: Tensor, mean: Tensor, varia
 
 
 def move_folded(symmetry: Symmetry, layer: Layer, weight: Tensor, transforms: Transforms) -> Tensor:
-    """A folded weight carried into the common frame."""
+    """A folded weight moved into the common frame."""
     for space, site in symmetry.sites.get(layer.contraction.weight, []):
         weight = move_site(weight, site, transforms[space.name])
     return weight
 
 
 def move_value(symmetry: Symmetry, node: str, value: Tensor, transforms: Transforms) -> Tensor:
-    """A node's value carried into the common frame."""
+    """A node's value moved into the common frame."""
     for name, site in symmetry.traced.activations.get(node, []):
         value = move_site(value, site, transforms[name])
     return value

@@ -35,14 +35,14 @@ class SpaceMoments:
         return told(self, counted(models, "model"), counted(units, "unit"), counted(self.count, "sample"))
 
     def between(self, first: int, second: int) -> Float[Tensor, "units units"]:
-        """Covariance of the units of one model with those of another.
+        """Covariance of one model's units (rows) with another model's (columns).
 
-        The same numbers in the same layout whichever other models were read beside these two, in this order.
+        The numbers and their layout do not depend on which other models were read beside these two.
         """
         return self.covariance[first, :, second, :].contiguous()
 
     def correlation(self, first: int, second: int) -> Float[Tensor, "units units"]:
-        """Correlation of the units of one model with those of another; 0 for a unit that never varies."""
+        """Correlation of one model's units with another model's; 0 for a unit that never varies."""
         scale = self.deviation
         product = scale[first, :, None] * scale[second, None, :]
         return torch.where(
@@ -73,7 +73,7 @@ class JointMoments:
     Attributes:
         count: Samples, as in `SpaceMoments`.
         mean: Mean activation of every unit, one tensor a model.
-        covariance: Covariance of all units of all models, those of the first model first.
+        covariance: Covariance of all units of all models, the first model's units first.
     """
 
     count: int
@@ -85,7 +85,7 @@ class JointMoments:
         return told(self, counted(len(self.mean), "model"), f"{widths} units", counted(self.count, "sample"))
 
     def between(self, first: int, second: int) -> Float[Tensor, "rows columns"]:
-        """Covariance of the units of one model with those of another, as `SpaceMoments.between`."""
+        """Covariance of one model's units with another model's, as `SpaceMoments.between`."""
         starts = np.cumsum([0, *(len(mean) for mean in self.mean)])
         rows, columns = (slice(starts[model], starts[model + 1]) for model in (first, second))
         return self.covariance[rows, columns].contiguous()

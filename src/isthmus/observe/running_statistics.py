@@ -32,8 +32,8 @@ def normalisation_layers(model: nn.Module) -> list[_BatchNorm]:
 def reset_statistics(model: nn.Module, data: Any, layers: Sequence[_BatchNorm] | None = None) -> None:
     """Estimates the running statistics of `model` anew, in place: the plain average over all batches.
 
-    Only normalisation layers (or those of them that `layers` names) are put into training mode, so that dropout stays
-    off; all are put back as they were.
+    Only normalisation layers (of these the ones that `layers` names, if it does) are put into training mode, so that
+    dropout stays off; all are put back as they were.
 
     Raises:
         DataError: No data, empty data, or a batch of one sample, which has no variance.

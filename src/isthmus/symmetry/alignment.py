@@ -1,4 +1,4 @@
-"""The alignment that carries every model into one common frame, and how it is applied and kept."""
+"""The alignment that moves every model into one common frame, and how it is applied and kept."""
 
 import copy
 import json
@@ -103,7 +103,7 @@ class Alignment:
         return fold_state(state, self.own_symmetry(index)) if self.folded else state
 
     def own_symmetry(self, index: int) -> Symmetry:
-        """The symmetry of a model as it was given: that of the common frame, but for the sizes of spaces."""
+        """The symmetry of a model as it was given; it differs from the common frame's in sizes of spaces only."""
         return self.symmetries[index] if self.symmetries else self.symmetry
 
     @property
@@ -112,7 +112,7 @@ class Alignment:
         return next((i for i, own in enumerate(self.symmetries) if own.shapes == self.symmetry.shapes), 0)
 
     def between(self, target: int, source: int) -> dict[str, Transform]:
-        """The transforms that carry model `source` into the own frame of model `target`."""
+        """The transforms that move model `source` into the own frame of model `target`."""
         back = invert(self.transforms[target], self.symmetry)
         return compose(back, self.transforms[source], self.symmetry)
 
@@ -196,13 +196,13 @@ class Alignment:
 
 
 def apply(alignment: Alignment, model: nn.Module, index: int, module: nn.Module | None = None) -> nn.Module:
-    """A new module: `model`, which is number `index` of the alignment, carried into the common frame.
+    """A new module: `model`, which is number `index` of the alignment, moved into the common frame.
 
     Args:
         alignment: What `align` returned.
         model: The model.
         index: Its number.
-        module: A model of the common frame's widths, where those of `model` are others.
+        module: A model of the common frame's widths, where `model` has others.
 
     Raises:
         InputError: The alignment has no model of that number, or the model is of other widths than the common frame and

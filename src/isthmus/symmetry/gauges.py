@@ -32,7 +32,7 @@ def rescaled(state: Mapping[str, Tensor], symmetry: Symmetry, factors: Factors) 
     Args:
         state: A state dict of the traced architecture.
         symmetry: What `trace` returned for it.
-        factors: Of spaces among its gauges; others stay as they are.
+        factors: One factor a unit, for spaces among the gauges; units of other spaces stay as they are.
     """
     result = dict(state)
     for name, factor in factors.items():
@@ -50,12 +50,12 @@ def _rescale_site(tensor: Tensor, site: Site, factor: Float[Tensor, "copies size
 
 
 def turned(state: Mapping[str, Tensor], symmetry: Symmetry, turns: Turns) -> dict[str, Tensor]:
-    """The state with pairs of units of queries turned and scaled, and those of keys turned alike and divided.
+    """The state with pairs of query units turned and scaled, and pairs of key units turned alike and divided.
 
     Args:
         state: A state dict of the traced architecture.
         symmetry: What `trace` returned for it.
-        turns: Of gauges of the kind "rotation"; others stay as they are.
+        turns: Turns for gauges of the kind "rotation"; other pairs stay as they are.
     """
     result = dict(state)
     for gauge in symmetry.gauges:
@@ -129,9 +129,9 @@ def canonicalise(model: nn.Module, symmetry: Symmetry) -> nn.Module:
     smallest. Signs: of the numbers that write a unit, the largest in size is positive. Networks that differ in such
     factors alone become the same. Units that nothing writes, or nothing reads, keep their scale.
 
-    Pairs of units of queries and keys, read as complex numbers z: those of queries and of keys have the same norm, the
-    sum of all z² is real and positive, and the real part of the sum of all z is not negative. None of it depends on
-    the order of the units that are read.
+    Pairs of units of queries and keys are read as complex numbers z: queries and keys get the same norm, the sum of all
+    z² is real and positive, and the real part of the sum of all z is not negative. None of it depends on the order of
+    the units that are read.
 
     Computed in float64 and cast back. Models are canonicalised alike, before they are aligned.
 
@@ -168,14 +168,14 @@ def canonicalise(model: nn.Module, symmetry: Symmetry) -> nn.Module:
 
 
 def _unit_rows(tensor: Tensor, site: Site) -> Float[Tensor, "copies size numbers"]:
-    """A tensor's numbers at a site, those of one unit in a row."""
+    """A tensor's numbers at a site, one row a unit."""
     copies, size, _ = site.positions.shape
     where = torch.from_numpy(site.positions.reshape(-1)).to(tensor.device)
     return to_front(tensor, site.dims)[where].reshape(copies, size, -1)
 
 
 def _balancing_factors(state: Mapping[str, Tensor], space: Space) -> Float[Tensor, "copies size"]:
-    """The factors that make the norm of what writes each unit that of what reads it; one where either is zero."""
+    """One factor a unit that makes what writes it and what reads it equal in norm; one where either norm is zero."""
     squares = {"vector": torch.zeros(()), "covector": torch.zeros(())}
     for site in space.sites:
         squares[site.role] = squares[site.role] + _unit_rows(state[site.parameter], site).square().sum(dim=2)

@@ -123,13 +123,13 @@ class Gauge:
     """A freedom of single units, or of pairs, that is no permutation.
 
     What writes a unit may be multiplied by a factor, and what reads it divided by it. Pairs of units of queries that
-    rotary positions turn may be turned and scaled; those of keys are then turned alike, and divided by the scale.
+    rotary positions turn may be turned and scaled; pairs of keys are then turned alike, and divided by the scale.
 
     Attributes:
         space: Name of the space whose units these are; of pairs, which are in no space, a name of their own.
         kind: `"sign"`, factors of 1 and −1, `"scale"`, positive ones, or `"rotation"`, of pairs.
-        sites: Of pairs: where tensors hold them, [heads, pairs, 2 · members]; queries have the role "vector" and keys
-            "covector".
+        sites: Where tensors hold pairs, positions of shape [heads, pairs, 2 · members]; queries have the role "vector"
+            and keys "covector". Empty for gauges of single units.
     """
 
     space: str

@@ -202,7 +202,7 @@ class Symmetry:
 
 
 def check_counterpart(frame: Symmetry, own: Symmetry, who: str) -> None:
-    """Refuses a model whose spaces are not those of the common frame but for the sizes of spaces that stand alone.
+    """Refuses a model whose spaces differ from the common frame's in more than the sizes of spaces that stand alone.
 
     Args:
         frame: The common frame's spaces.

@@ -16,7 +16,7 @@ class Contraction:
         source: Graph node of the activation that it consumes.
         weight: State-dict name of the parameter.
         bias: State-dict name of the bias, or None.
-        channel: The dimension of the node's output that carries the produced units.
+        channel: The dimension of the node's output that the produced units lie along.
         output: The weight's dimension of produced units.
     """
 
@@ -47,12 +47,12 @@ class Graph:
 
     Attributes:
         program: The captured program.
-        activations: For nodes that carry units: every space there and its positions in the node's value.
+        activations: For nodes whose values hold units: every space there and its positions in the value.
         post: For each space, the nodes that its consumers read.
-        pre: For each space, the nodes that enter a nonlinear operation; those of `post` where there are none.
+        pre: For each space, the nodes that enter a nonlinear operation; where there are none, the nodes of `post`.
         contractions: Products of activations with parameters.
         batch_norms: Normalisations by running statistics.
-        partial: Nodes that carry units of which `activations` does not tell, or not of all.
+        partial: Nodes whose values hold units that `activations` leaves out, some or all of them.
     """
 
     program: Program

@@ -1,4 +1,4 @@
-"""Values of which data choose the parts: a token's expert is one of several, and nobody knows which.
+"""Values whose parts are chosen by data: a token's expert is one of several, and nobody knows which.
 
 A `Choice` holds a value for every alternative. Operations that treat each slot by itself are executed for every
 alternative; what follows from all of them holds whichever is chosen. Before an operation that mixes slots, or chooses
@@ -23,7 +23,7 @@ SLOTWISE = {f"aten.{name}" for name in ("linear", "matmul", "mm", "bmm", "baddbm
 
 
 def choose(tracing: Tracing, x: Value, dim: int, names: Names, places: tuple[int, ...]) -> Choice | None:
-    """Rows along a dimension, chosen by what `topk` found; None where its units cannot be those of the rows.
+    """Rows along a dimension, chosen by what `topk` found; None where its units cannot be the units of the rows.
 
     Args:
         tracing: What has been learnt so far.

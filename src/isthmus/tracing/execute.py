@@ -157,7 +157,7 @@ def unused_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _note(units: UnitTable, item: Any) -> None:
-    """Records that units occur in a node's value; those of all alternatives occur at one place."""
+    """Records that units occur in a node's value; the units of all alternatives occur at one place."""
     if isinstance(item, Choice):
         kinds = {tuple(layer.shape for layer in value.layers) for value in item.values}
         for layers in zip(*(value.layers for value in item.values), strict=len(kinds) == 1):
@@ -184,7 +184,7 @@ def _never_read(tracing: Tracing, graph: fx.Graph) -> Ids:
     candidates = candidates[(candidates != WILDCARD) & ~units.is_frozen(candidates)]
     if not len(candidates):
         return candidates
-    wanted = np.zeros(units.size + 1, dtype=bool)  # the last entry is that of wildcards
+    wanted = np.zeros(units.size + 1, dtype=bool)  # the last entry stands for wildcards
     wanted[candidates] = True
     held: dict[str, Ids] = {}
     for node in graph.nodes:
@@ -358,7 +358,7 @@ def _without_rule(tracing: Tracing, node: fx.Node) -> Any:
 
 
 def freeze_value(units: UnitTable, value: Value, text: str, *, expected: bool = True) -> None:
-    """Fixes every unit that a value carries."""
+    """Fixes every unit of a value."""
     for layer in value.layers:
         units.freeze(layer, text, expected=expected)
     freeze_names(units, value)

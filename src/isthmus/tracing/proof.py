@@ -34,8 +34,9 @@ class Proof:
         max_error: Largest relative change of the outputs over all trials.
         tolerance: The largest change that rounding explains.
         trials: How often random transforms were tried, with new weights and inputs each time.
-        controls: For each touched tensor, the change of the outputs when it alone is left unmoved; where a gradient
-            tells it, the change to first order, as root mean square of the outputs, which is no more than the largest.
+        controls: For each touched tensor, the change of the outputs when it alone is left unmoved. Where a gradient
+            tells it, it is the change to first order, as a root mean square over the outputs, which is never more
+            than the largest change.
         no_ops: Touched tensors that the outputs do not depend on, so that the proof says nothing about them.
         dtype: The precision that the proof ran in.
     """
@@ -194,7 +195,7 @@ def _control(
 
     One gradient tells the effect of all tensors to first order; those that no gradient reaches are left out one by one.
     A tensor may be silent by chance, behind a unit that is off for every input: silent ones get another sample, until
-    `DRAWS` samples in a row find no more effect, in the last of which they are left out one by one, too.
+    `DRAWS` samples in a row find no more effect; in the last of these they are left out one by one, too.
     """
     changes = dict.fromkeys(symmetry.sites, 0.0)
     aliases = {name: [alias for alias, first in symmetry.tied.items() if first == name] for name in symmetry.sites}

@@ -131,7 +131,7 @@ def _normalisation(func: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
 
 
 class ThroughStatistics(TorchFunctionMode):
-    """Spells batch normalisation by stored statistics out, of which torch has no derivative by the statistics."""
+    """Spells out batch normalisation by stored statistics, since torch has no derivative by the statistics."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -148,7 +148,7 @@ class ThroughStatistics(TorchFunctionMode):
 
 
 class Settling(TorchFunctionMode):
-    """Moves stored statistics near those of what arrives at them, so that signals neither die nor grow with depth.
+    """Sets stored statistics near the statistics of what arrives, so that signals neither die nor grow with depth.
 
     Each channel gets a mean near its own, and a variance near the mean of all channels', which a small batch tells
     better than any one.
@@ -257,8 +257,8 @@ class Sample:
     ) -> dict[str, float]:
         """The change of the outputs when one tensor goes back from where it was moved, to first order, in one gradient.
 
-        It is seen in one random direction of the outputs; what is found is a draw whose root mean square is that of the
-        relative change. Nothing is found for tensors that no gradient reaches, or of a network that has none.
+        It is seen in one random direction of the outputs: each figure is a draw whose root mean square is the root mean
+        square of the relative change. Tensors that no gradient reaches are left out; so are all, where there is none.
 
         Args:
             moved: The moved state.
@@ -299,7 +299,7 @@ class Sample:
 
 
 def draw_network(network: nn.Module, symmetry: Symmetry, inputs: Any, rng: np.random.Generator) -> Sample:
-    """A sample whose outputs say something: finite, and not all zero as those of a small network sometimes are.
+    """A sample whose outputs say something: they are finite, and not all zero, as a small network's sometimes are.
 
     Raises:
         ModelError: The network cannot run in float64.

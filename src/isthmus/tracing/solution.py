@@ -84,7 +84,7 @@ class Places:
     def __init__(self, units: UnitTable, solution: Solution) -> None:
         self.units = units
         self.solution = solution
-        self._flat = np.full(units.size + 1, -1, dtype=np.int64)  # the last entry is that of wildcards
+        self._flat = np.full(units.size + 1, -1, dtype=np.int64)  # the last entry stands for wildcards
         self._hash = np.zeros(units.size + 1, dtype=np.uint64)
         self._roots: dict[int, tuple[Labels, Labels]] = {}
         self._found: dict[tuple[int, ...], list[Place]] = {}
@@ -220,7 +220,7 @@ class Places:
     def _carried_along(
         self, value: Value, roots: Sequence[Labels], positions: Labels, dims: tuple[int, ...], block: int
     ) -> set[int]:
-        """Further dimensions along which not all units of a space carry the same, so that these move with them."""
+        """Further dimensions along which the labels differ from unit to unit of a space, so that they move with it."""
         own = set(self.solution.ancestors(block))
         for root in roots:
             beyond = set(support(root)) - set(dims)
@@ -230,8 +230,8 @@ class Places:
                 rows = rest.transpose(_moved_to_front(dims, len(shape))).reshape(
                     -1, math.prod(shape[d] for d in beyond)
                 )
-                carried = rows[positions]
-                if not (carried == carried[:1, :1]).all():
+                found = rows[positions]
+                if not (found == found[:1, :1]).all():
                     return beyond
         return set()
 

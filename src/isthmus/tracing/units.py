@@ -12,7 +12,7 @@ Labels = Int[np.ndarray, "..."]
 Ids = Int[np.ndarray, " _"]
 Hashes = UInt64[np.ndarray, " _"]
 
-# A position that no label distinguishes in this layer: the value there is the same whatever unit it might carry.
+# A position that no label distinguishes in this layer: the value there is the same whatever its unit might be.
 WILDCARD = -1
 
 # Evidence level of units that a product of two activations sums over: T and T⁻¹ cannot be told apart there.

@@ -77,7 +77,7 @@ def _rebuild(tracing: Tracing, node: fx.Node, target: fx.Node, result: Value) ->
 
 
 def _note_lost(tracing: Tracing, node: fx.Node, before: Any, after: Value) -> None:
-    """Notes the units that were written over: their node carries them no more, and yet has not read them."""
+    """Notes the units that were written over: their node does not hold them any more, and yet has not read them."""
     old = [tracing.units.find(layer.ravel()) for value in values_in(before) for layer in value.layers]
     if old:
         new = [tracing.units.find(layer.ravel()) for layer in after.layers]

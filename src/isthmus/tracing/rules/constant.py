@@ -12,7 +12,7 @@ FILLS = {"zeros": 0, "ones": 1}
 
 
 def _filled(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
-    """A tensor of one number."""
+    """A tensor whose every entry is the same number."""
     shape = output_shapes(node)
     assert isinstance(shape, tuple)
     name = str(getattr(node.target, "overloadpacket", node.target))

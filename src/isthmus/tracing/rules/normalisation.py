@@ -47,10 +47,10 @@ def normalised(units: UnitTable, x: Value, parts: list[Value]) -> Value:
 
 
 def _layer_norm(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
-    """Normalisation over the last dimensions of each sample: by a norm (`rms_norm`), or by that of centred values.
+    """Normalisation over the last dimensions of each sample: by a norm (`rms_norm`), or by the norm of centred values.
 
-    A norm is kept by rotations, that of centred values by those that keep the ones vector. The gains are not, but what
-    reads the result may be able to take them in.
+    Rotations keep a norm; rotations that keep the ones vector keep the norm of centred values. Neither
+    keep gains, but what reads the result may be able to take these in.
     """
     x: Value = a.input
     count = len(a.normalized_shape)

@@ -13,7 +13,7 @@ from isthmus.tracing.units import FIXING_ONES_LEVEL, SCALE, SIGN, UnitTable
 # Evidence levels: 0 says that only linear maps were seen, 3 that a unit is used as a single number.
 PERMUTATION_LEVEL = 3
 
-# Linear in each operand, as long as only one operand carries a space.
+# Linear in each operand, as long as only one operand holds units of a space.
 SUMS = {"aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.rsub"}
 PRODUCTS = {"aten.mul", "aten.mul_", "aten.div", "aten.div_"}
 ADDITIONS = {"aten.add", "aten.add_"}
@@ -126,7 +126,7 @@ def unchanged(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
 
 
 def _copied(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
-    """`copy`, `fill` and `zero`: the second operand in the shape of the first, of which nothing else remains."""
+    """`copy`, `fill` and `zero`: the second operand in the shape of the first; nothing else of the first remains."""
     shape = vars(a)["self"].shape
     sources = values_in([getattr(a, "src", None), getattr(a, "value", None)])
     return Value(tuple(shape), tuple(lift(layer, len(shape)) for x in sources for layer in x.layers))

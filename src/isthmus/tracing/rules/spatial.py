@@ -39,7 +39,7 @@ def _dimensionality(name: str) -> int:
 
 
 def _pad(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
-    """Padding: fixed positions are counted anew, movable units keep their labels and the border carries none."""
+    """Padding: fixed positions are counted anew, movable units keep their labels and the border has none."""
     x: Value = vars(a)["self"]
     mode = getattr(a, "mode", "constant")
     shape = output_shapes(node)
@@ -73,7 +73,7 @@ def _pad(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
             return NotImplemented
     if mode == "constant" and a.value:
         limit_value(units, x, PERMUTATION_LEVEL)
-    for d in sorted(bordered):  # a border differs from what is inside, and from other borders that carry no labels
+    for d in sorted(bordered):  # a border differs from what is inside, and from other borders without labels
         low, high = amounts[d]
         inside, border = units.rigid(2)
         layout = [-1 if i == d else 1 for i in range(len(shape))]

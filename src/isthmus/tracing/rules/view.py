@@ -95,7 +95,7 @@ def _relabelled(tracing: Tracing, x: Value, shape_only: Tensor, arrays: list[Ten
 
 
 def _expand_as(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
-    """A value repeated along dimensions of size 1 to the shape of another, of which nothing else matters."""
+    """A value repeated along dimensions of size 1 to the shape of another, whose labels do not matter."""
     x: Value = vars(a)["self"]
     return Value(tuple(a.other.shape), tuple(lift(layer, len(a.other.shape)) for layer in x.layers), source=x.source)
 
