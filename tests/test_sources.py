@@ -15,7 +15,7 @@ from isthmus.checkpoint import load_state, save_state
 from isthmus.cli.commands import main
 from isthmus.data import load_data
 from isthmus.errors import DataError, ModelError
-from isthmus.models import absolute_spec, load_model, parse_spec
+from isthmus.models import SOURCES, absolute_spec, load_model, parse_spec, spoken_specs
 from isthmus.runs.example import example_input
 
 NEEDS_VISION = "timm and torchvision are not in the extra `dev`, since they would replace torch by another build"
@@ -75,6 +75,18 @@ def program(tmp_path):
 )
 def test_a_specification_names_a_source_a_network_and_arguments(spec, parts):
     assert parse_spec(spec) == parts
+
+
+def test_every_text_that_lists_the_sources_lists_them_all(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for prefix, source in SOURCES.items():
+        assert prefix == source.prefix
+        assert source.example in spoken_specs()
+        assert f"| `{source.example}" in readme
+        with refuses(ModelError, source.example):
+            load_model("zoo:none")
+    assert main(["merge", "a.safetensors", "b.safetensors", "-o", "out"]) == 2
+    assert spoken_specs() in capsys.readouterr().err
 
 
 def test_only_paths_are_made_absolute(tmp_path, monkeypatch):

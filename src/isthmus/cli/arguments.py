@@ -77,7 +77,7 @@ def _find_architecture(paths: Sequence[str], model: str | None) -> str:
     Raises:
         InputError: None was named, and not all checkpoints are such folders.
     """
-    from isthmus.models import absolute_spec
+    from isthmus.models import absolute_spec, spoken_specs
     from isthmus.models.hugging_face import describes_model
 
     if model is not None:
@@ -85,7 +85,7 @@ def _find_architecture(paths: Sequence[str], model: str | None) -> str:
     other = next((path for path in paths if not describes_model(Path(path))), None)
     if other is not None or not paths:
         told = f" ({other} is no Hugging Face folder, which would say)" if other is not None else ""
-        raise InputError(f"no architecture{told}: give --model zoo:NAME, module:factory, timm:NAME or hf:DIRECTORY")
+        raise InputError(f"no architecture{told}: give --model {spoken_specs()}")
     return absolute_spec(f"hf:{paths[0]}")
 
 

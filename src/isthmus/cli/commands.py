@@ -22,6 +22,7 @@ from isthmus.cli.terminal import (
 )
 from isthmus.errors import IsthmusError
 from isthmus.merging.repair import REPAIRS
+from isthmus.models import spoken_specs
 from isthmus.runs.recipe import DataOptions, read_recipe
 
 # Typer does not export the base of its usage errors.
@@ -30,10 +31,7 @@ UsageError: Any = typer.BadParameter.__bases__[0]
 # Options of the matching method are taken as they come, so that each method brings its own.
 METHOD_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-SPEC = (
-    "zoo:NAME?key=value, package.module:factory?key=value, hf:DIRECTORY, timm:NAME?key=value, "
-    "torchvision:NAME?key=value or FILE.pt2."
-)
+SPEC = f"{spoken_specs(arguments=True)}."
 Model = Annotated[
     str | None,
     typer.Option(

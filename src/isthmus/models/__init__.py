@@ -20,6 +20,7 @@ from isthmus.registry import did_you_mean
 __all__ = [
     "GPT",
     "MLP",
+    "SOURCES",
     "VGG",
     "ZOO",
     "ResNet20",
@@ -30,6 +31,7 @@ __all__ = [
     "parse_spec",
     "sample_shape",
     "sample_tokens",
+    "spoken_specs",
     "window",
 ]
 
@@ -46,13 +48,10 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
 }
 
 # Libraries and files that networks come from, by the prefix of their names.
-SOURCES: dict[str, Callable[..., nn.Module]] = {
-    "hf": hugging_face.build_from_folder,
-    "pt2": exported.build_from_program,
-    "timm": from_timm.build_from_timm,
-    "torchvision": from_torchvision.build_from_torchvision,
+SOURCES = {
+    source.prefix: source
+    for source in (hugging_face.SOURCE, from_timm.SOURCE, from_torchvision.SOURCE, exported.SOURCE)
 }
-PATHS = ("hf", "pt2")  # of these the name is a path
 
 
 def load_model(spec: str) -> nn.Module:
@@ -62,9 +61,9 @@ def load_model(spec: str) -> nn.Module:
 
     - `zoo:NAME?key=value&key=value`, one of the papers' networks; `zoo:` may be left out;
     - `package.module:factory?key=value`, looked for on the Python path, then in the current folder;
-    - `hf:DIRECTORY`, what the `config.json` of a Hugging Face model describes, with random weights;
-    - `timm:NAME?key=value` and `torchvision:NAME?key=value`, without pretrained weights;
-    - `pt2:FILE`, or a name that ends in `.pt2`: a program that `torch.export.save` wrote, with its weights.
+    - one of `SOURCES`, such as `hf:DIRECTORY`, what the `config.json` of a Hugging Face model describes, with random
+      weights; `timm:NAME?key=value` and `torchvision:NAME?key=value`, without pretrained weights; `pt2:FILE`, or a name
+      that ends in `.pt2`, a program that `torch.export.save` wrote, with its weights.
 
     Each value is JSON, or else a string. A factory and an exported program are code: loading them may run it. Nothing
     is ever downloaded.
@@ -79,12 +78,12 @@ def load_model(spec: str) -> nn.Module:
     prefix, name, query = parse_spec(spec)
     arguments = parse_arguments(spec, query)
     if prefix in SOURCES:
-        return SOURCES[prefix](spec, name, arguments)
+        return SOURCES[prefix].build(spec, name, arguments)
     if prefix == "zoo":
         if name not in ZOO:
             raise ModelError(
                 f"model {spec!r}: no network {name!r} in the zoo{did_you_mean(name, ZOO)}; it has {', '.join(ZOO)}, "
-                "and others are named package.module:factory, hf:DIRECTORY, timm:NAME, torchvision:NAME or FILE.pt2"
+                f"and others are named {spoken_specs(zoo=False)}"
             )
         return build_from_factory(spec, ZOO[name], arguments)
     with current_folder_importable():
@@ -97,16 +96,30 @@ def parse_spec(spec: str) -> tuple[str, str, str]:
     prefix, colon, name = target.partition(":")
     if colon and prefix in SOURCES:
         return prefix, name, query
-    if target.endswith(".pt2"):
-        return "pt2", target, query
+    for source in SOURCES.values():
+        if source.suffix and target.endswith(source.suffix):
+            return source.prefix, target, query
     prefix, colon, name = target.rpartition(":")
     return (prefix if colon else "zoo"), name, query
+
+
+def spoken_specs(*, zoo: bool = True, arguments: bool = False) -> str:
+    """How networks are named, for texts: `zoo:NAME, package.module:factory, hf:DIRECTORY, … or FILE.pt2`.
+
+    Args:
+        zoo: Whether the zoo is among them.
+        arguments: Whether `?key=value` stands where it may.
+    """
+    ways = [("zoo:NAME", True)] * zoo + [("package.module:factory", True)]
+    ways += [(source.example, source.takes_arguments) for source in SOURCES.values()]
+    *most, last = [example + "?key=value" * (arguments and takes) for example, takes in ways]
+    return f"{', '.join(most)} or {last}"
 
 
 def absolute_spec(spec: str) -> str:
     """Returns the same specification with an absolute path, where it holds a path."""
     prefix, name, query = parse_spec(spec)
-    if prefix not in PATHS:
+    if prefix not in SOURCES or not SOURCES[prefix].is_path:
         return spec
     return f"{prefix}:{Path(name).resolve()}" + (f"?{query}" if query else "")
 

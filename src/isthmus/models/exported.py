@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from isthmus.errors import ModelError
 from isthmus.models.factory import one_line
+from isthmus.models.source import Source
 
 # Where a graph module keeps the inputs that it was exported with; copies of the module keep it too.
 EXAMPLE = "isthmus_example"
@@ -86,3 +87,12 @@ def _is_training(node: fx.Node) -> bool:
 def example_in_program(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Returns the positional and keyword inputs that a program was exported with; None for any other module."""
     return model.meta.get(EXAMPLE) if isinstance(model, fx.GraphModule) else None
+
+
+SOURCE = Source(
+    prefix="pt2",
+    example="FILE.pt2",
+    build=build_from_program,
+    is_path=True,
+    suffix=".pt2",
+)

@@ -10,6 +10,7 @@ from isthmus.errors import ModelError
 from isthmus.models.factory import build_from_factory as build_from
 from isthmus.models.factory import not_installed, one_line
 from isthmus.models.from_torchvision import import_torchvision
+from isthmus.models.source import Source
 from isthmus.registry import did_you_mean
 
 
@@ -45,3 +46,11 @@ def build_from_timm(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Mo
         height, width = (side, side) if isinstance(side, int) else side
         model.sample_shape = (arguments.get("in_chans", channels), height, width)
     return model
+
+
+SOURCE = Source(
+    prefix="timm",
+    example="timm:NAME",
+    build=build_from_timm,
+    takes_arguments=True,
+)

@@ -11,6 +11,7 @@ from torch import nn
 from isthmus.errors import ModelError
 from isthmus.models.factory import build_from_factory as build_from
 from isthmus.models.factory import not_installed, one_line
+from isthmus.models.source import Source
 from isthmus.registry import did_you_mean
 
 # Beside a torch that it was not compiled for, such as the CPU build of torch beside the wheel that PyPI has, the Python
@@ -65,3 +66,11 @@ def build_from_torchvision(spec: str, name: str, arguments: Mapping[str, Any]) -
     elif type(given.get("image_size")) is int:
         model.sample_shape = (3, given["image_size"], given["image_size"])
     return model
+
+
+SOURCE = Source(
+    prefix="torchvision",
+    example="torchvision:NAME",
+    build=build_from_torchvision,
+    takes_arguments=True,
+)

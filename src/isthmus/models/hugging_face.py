@@ -22,6 +22,7 @@ from isthmus.errors import ModelError
 from isthmus.models.factory import build_from_factory as build_from
 from isthmus.models.factory import not_installed, one_line
 from isthmus.models.from_torchvision import import_torchvision
+from isthmus.models.source import Source
 
 CONFIG = "config.json"
 
@@ -309,3 +310,11 @@ def _waveform(config: Any, samples: int, generator: torch.Generator) -> Tensor |
     for kernel, stride in reversed(list(zip(kernels, strides, strict=False))):
         length = (length - 1) * stride + kernel
     return torch.randn(samples, length, generator=generator)
+
+
+SOURCE = Source(
+    prefix="hf",
+    example="hf:DIRECTORY",
+    build=build_from_folder,
+    is_path=True,
+)
