@@ -254,7 +254,7 @@ def test_what_several_widths_do_not_allow_is_refused():
         isthmus.merge(models[::-1], found)
     with refuses(InputError, "model 1 is a state dict"):
         isthmus.align([models[0], models[1].state_dict()], None, "ot_fusion", data=data)
-    with refuses(InputError, "carried to the first"):
+    with refuses(InputError, "moved to the first"):
         isthmus.align(models, None, OTFusion(reference="medoid"), data=data)
     with refuses(ModelError, "wrong shapes"):
         isthmus.repair(isthmus.merge(models, found), data, "repair", parents=models, alignment=found)

@@ -13,7 +13,7 @@ from isthmus.symmetry.transform import Permutation, Transform
 
 @dataclass(frozen=True)
 class ActivationMatching:
-    """Pairs units of every model with those of model 0 so that the sum of their similarities is largest, exactly.
+    """Pairs every model's units with model 0's so that the sum of their similarities is largest, exactly.
 
     Similarity is the correlation of activations (as in REPAIR) or their covariance (the dot products of Git Re-Basin,
     centred). A unit that never varies is like no other.

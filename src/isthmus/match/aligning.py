@@ -31,7 +31,7 @@ def align(
     inputs: tuple[Any, ...] | None = None,
     module: nn.Module | None = None,
 ) -> Alignment:
-    """One transform per space and model that carries all models into a common frame, that of the first.
+    """One transform per space and model, which moves that model into one common frame, the first model's.
 
     Args:
         models: Modules or state dicts of one architecture; at least one must be a module, or `module` given. Methods
@@ -66,11 +66,11 @@ def align(
 
 
 def _trace_counterparts(models: Sequence[nn.Module], symmetry: Symmetry) -> tuple[Symmetry, ...]:
-    """Every model's own symmetry, where spaces correspond to those of the first but may be of other sizes.
+    """Every model's own symmetry, where spaces correspond to the first model's but may be of other sizes.
 
     Raises:
         InputError: The first model's symmetry has no graph, and so no example inputs.
-        SymmetryError: A model's spaces do not correspond to those of the first.
+        SymmetryError: A model's spaces do not correspond to the first model's.
     """
     if symmetry.graph is None:
         raise InputError("models of several widths are traced one by one: give inputs=(x,), or data=")

@@ -53,7 +53,7 @@ class C2M3:
             is lost. False moves all models from the start on, as the paper does; none are matched as pairs first.
         polish: Go on from the projected permutations by the coordinate descent of weight matching, and keep weight
             matching's own result, from where the models are, if it is better.
-        frame: The common frame: `"first"`, that of model 0, or `"universe"`, where the search ended.
+        frame: The common frame: `"first"`, model 0's own, or `"universe"`, where the search ended.
 
     Source: Crisostomi, Fumero, Baieri, Bernard, Rodolà, C²M³: Cycle-Consistent Multi-Model Merging, NeurIPS 2024. The
         pinned model, the pairs first, the polish, the stopping rule and the treatment of nested spaces are this

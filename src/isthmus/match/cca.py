@@ -1,4 +1,4 @@
-"""CCA Merge: canonical correlations carry one model's features onto another's."""
+"""CCA Merge: canonical correlations map one model's features onto another's."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class CCA:
     """T = S_AA^½ U Vᵀ S_BB^-½, where U, V are the singular vectors of S_AA^-½ S_AB S_BB^-½.
 
     A ridge γ·s is added to both covariances, s the mean variance of all units of the space in both models: without it
-    (γ = 0) this is full canonical correlation analysis; for large γ it tends to the rotation of `procrustes`. T carries
+    (γ = 0) this is full canonical correlation analysis; for large γ it tends to the rotation of `procrustes`. T moves
     vectors, T⁻¹ the weights that read them. Nested spaces are permuted, by correlation.
 
     A moved model does not compute what it did (ReLU and BatchNorm do not commute with T): only the average is claimed
@@ -49,7 +49,7 @@ class CCA:
             (The paper adds an absolute number, chosen by test accuracy.)
         at: Read activations where consumers receive them (`"post"`, as in the paper) or where they enter a
             nonlinearity (`"pre"`).
-        reference: Three and more models: which one all others are carried to, `"first"`, `"best"` or `"medoid"`.
+        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` or `"medoid"`.
 
     Source: Horoi, Orozco Camacho, Belilovsky, Wolf, "Harmony in Diversity: Merging Neural Networks with Canonical
         Correlation Analysis", ICML 2024.

@@ -1,7 +1,7 @@
 """Searching for transforms by gradients of the task loss: the loss of a merged network, soft moves, and the best seen.
 
 A search follows gradients on one part of the data and judges what it finds on the rest. Networks are run with the
-statistics of the batch in layers that keep running statistics, since those of a merged network are unknown.
+statistics of the batch in layers that keep running statistics, since a merged network's own are unknown.
 """
 
 import copy
@@ -37,7 +37,7 @@ class TaskLoss:
     """The task loss of a network of given weights, in float32 at least, differentiable in them.
 
     Args:
-        problem: The models, of which the first gives the architecture, and labelled data.
+        problem: The models, the first of which gives the architecture, and labelled data.
         batch: Largest number of samples a gradient is taken on; larger batches of the data are split evenly. Parts
             without a target that counts are left out.
 
@@ -107,7 +107,7 @@ class TaskLoss:
         return Stream(self.fitting, generator)
 
     def moved(self, index: int, transforms: Transforms) -> dict[str, Tensor]:
-        """The weights of one model carried into the common frame."""
+        """The weights of one model moved into the common frame."""
         return move_state(self.states[index], transforms, self.symmetry, reset_variances=True)
 
 
@@ -134,7 +134,7 @@ class Stream:
 def working_states(problem: MatchingProblem) -> list[dict[str, Tensor]]:
     """Every model's parameters and persistent buffers under their first names, in one precision of float32 at least.
 
-    Integer buffers are those of the first model.
+    Integer buffers are the first model's.
     """
     first = problem.models[0]
     own = {name for name, _ in [*first.named_parameters(), *first.named_buffers()]}  # tied tensors appear once
@@ -176,7 +176,7 @@ def _parts_of(batch: Batch, size: int) -> list[Batch]:
 
 
 def combine(states: Sequence[State], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    """Σ_m c_m W_m; tensors that are no floating-point numbers are those of the first state."""
+    """Σ_m c_m W_m; tensors that are no floating-point numbers are the first state's."""
     merged = {}
     for name, tensor in states[0].items():
         if tensor.is_floating_point():

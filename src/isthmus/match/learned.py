@@ -30,7 +30,7 @@ from isthmus.state import State
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.transform import LinearMap, Permutation, Transform, Transforms, move_state
 
-# Adam's learning rate in each group; that of linear maps is divided by the number of units. An entry moves by about the
+# Adam's learning rate in each group; for linear maps it is divided by the number of units. An entry moves by about the
 # rate in a step, so that a map of n units then changes by this at most, whatever its size.
 LEARNING_RATES = {"permutation": 0.01, "orthogonal": 0.05, "invertible": 0.05}
 # λ, the share of B, is drawn between these.
@@ -62,9 +62,9 @@ class Learned:
         steps: Steps of Adam.
         budget: Multiplies the number of steps.
         batch: Samples a gradient is taken on, at most; larger batches of the data are split.
-        reference: Three and more models: which one all others are carried to, `"first"`, `"best"` or `"medoid"`.
+        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` or `"medoid"`.
 
-    Source: generalized linear mode connectivity for Transformers, NeurIPS 2025, of which only a summary could be read:
+    Source: generalized linear mode connectivity for Transformers, NeurIPS 2025; only a summary of it could be read:
         the start, the groups and the range of λ are the paper's. The latents' start, the Cayley transform,
         the parameters of invertible maps, the learning rates and the judgement on held-out batches are this project's
         own.
@@ -100,7 +100,7 @@ class Learned:
         """The alignment; its objective is the negative loss of the kept maps, summed over pairs.
 
         Raises:
-            DataError: No labelled data, or a single batch, of which nothing can be held out.
+            DataError: No labelled data, or a single batch, so that none can be held out.
             ModelError: The outputs are no class scores for the targets.
         """
         alone = len(problem.models) < 2 or not len(problem.symmetry)
@@ -114,11 +114,11 @@ class Learned:
         return all_to_one(problem, self.name, match_pair, self.reference)
 
     def match(self, problem: MatchingProblem, task: TaskLoss, fixed: State, moved: State) -> Pair:
-        """The maps that carry the second state into the frame of the first."""
+        """The maps that move the second state into the frame of the first."""
         symmetry, names = problem.symmetry, problem.parameters
         start, _, _ = best_of_starts(WeightObjective(symmetry, fixed, moved, names), 3, 100, problem.seed)
-        carried = move_state(moved, start, symmetry)
-        if all(torch.equal(fixed[name], carried[name]) for name in names):
+        begun = move_state(moved, start, symmetry)
+        if all(torch.equal(fixed[name], begun[name]) for name in names):
             return Pair(start, details={"equal": True})
         latents = Latents(WeightObjective(symmetry, fixed, moved, names), start, self.group, task.dtype)
         optimizer = torch.optim.Adam(latents.at_rates(self.learning_rate))

@@ -11,7 +11,7 @@ from isthmus.match.pairwise import Pair
 from isthmus.observe.moments import Moments, SpaceMoments
 from isthmus.symmetry.transform import LinearMap, Permutation, Transform
 
-# From covariances of A's units, of B's, and between both, in float64: the map that carries B's units into A's frame,
+# From covariances of A's units, of B's, and between both, in float64: the map that moves B's units into A's frame,
 # and the summed correlation that it reaches.
 Solver = Callable[
     [Float[Tensor, "units units"], Float[Tensor, "units units"], Float[Tensor, "units units"]],

@@ -58,7 +58,7 @@ class OrthogonalMatching:
         restarts: How many starts weight matching tries.
         max_sweeps: Sweeps over all spaces before a start is given up as not converged; 0 stays at the activations'
             maps.
-        reference: Three and more models: which one all others are carried to, `"first"`, `"best"` or `"medoid"`.
+        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` or `"medoid"`.
         invertible: Whether to balance the bases of spaces that allow invertible maps, for which all models move.
 
     Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin, ICLR 2023, for the descent; Schönemann, Psychometrika 1966, for
@@ -97,7 +97,7 @@ class OrthogonalMatching:
 
         Raises:
             DataError: A start at activations without data, or with data that cannot be read.
-            SymmetryError: A start at activations, of which a space has none.
+            SymmetryError: A start at activations, and a space that can be read nowhere.
         """
         symmetry, start = problem.symmetry, time.perf_counter()
         if self.start == "weights" and all(space.group is Group.PERMUTATION for space in symmetry):
@@ -140,7 +140,7 @@ class OrthogonalMatching:
         return replace(found, seconds=time.perf_counter() - start)
 
     def _match(self, objective: WeightObjective, seed: int) -> Pair:
-        """The maps that carry the objective's moved model to the fixed one."""
+        """The maps that move the objective's moved model onto the fixed one."""
         permutations, _, values = best_of_starts(objective, self.restarts, self.max_sweeps, seed)
         ends: list[tuple[float, dict[str, Transform], bool]] = []
         for number, begin in enumerate((permutations, _forward_start(objective))):
@@ -206,7 +206,7 @@ def _holding(model: nn.Module, state: State) -> nn.Module:
 
 
 def _met_by(objective: WeightObjective, root: Space) -> set[str]:
-    """Names of the root spaces of which a family's similarities depend."""
+    """Names of the root spaces that a family's similarities depend on."""
     return {
         objective.root[other.name]
         for space in family_of(objective.symmetry, root)

@@ -1,4 +1,4 @@
-"""OT Fusion: units are carried over by optimal transport, also between layers of several widths."""
+"""OT Fusion: units are moved by optimal transport, also between layers of several widths."""
 
 import math
 from collections.abc import Mapping
@@ -34,19 +34,19 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class OTFusion:
-    """Carries every model's units onto those of the reference by the cheapest transport between them.
+    """Moves every model's units onto the reference's by the cheapest transport between them.
 
     The units of a space are two uniform distributions of mass one; T is the plan that moves one onto the other at the
     least cost. A unit of the frame is the mean of what arrives there, and a moved unit is read back as the mean of
     where it went: `into` is diag(1/μ) T and `back` is diag(1/ν) Tᵀ, with T [frame, moved], μ the frame's and ν the
     moved model's mass of a unit. With hard coupling and equal widths T is a permutation over n, and the transform is
-    returned as that permutation. Models may be of several widths: the frame is that of the first.
+    returned as that permutation. Models may be of several widths: the frame has the first one's.
 
     By weights, spaces are treated in the order of the graph: the cost of a pair is the squared distance of all that
-    produces the two units (weights, biases, gains and shifts) after the spaces before are carried over; tensors that
-    depend on a space that is not carried over yet count from the second pass on. By activations, the cost is the mean
-    squared difference on the data. Families of nested spaces get the permutation that is best by the same cost, by
-    weights that of weight matching.
+    produces the two units (weights, biases, gains and shifts) after the spaces before were moved; tensors that
+    depend on a space that was not moved yet count from the second pass on. By activations, the cost is the mean
+    squared difference on the data. Families of nested spaces get the permutation that is best by the same cost, or, by
+    weights, weight matching's permutation.
 
     Attributes:
         by: `"activations"` or `"weights"`.
@@ -54,7 +54,7 @@ class OTFusion:
         regularisation: Strength of the entropy as a share of the mean cost; for `"soft"`.
         at: Where activations are read: `"post"`, as consumers receive them, or `"pre"`.
         passes: By weights: how often all spaces are treated.
-        reference: Three and more models: which one all others are carried to, `"first"`, `"best"` (the lowest loss on
+        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` (the lowest loss on
             the data, which needs labels) or `"medoid"` (the smallest summed cost); models of several widths: `"first"`.
 
     Source: Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, Algorithm 1. The paper's consumers read
@@ -105,7 +105,7 @@ class OTFusion:
             SymmetryError: By activations: a space can be read nowhere in the graph.
         """
         if problem.symmetries and self.reference != "first":
-            raise InputError(f"reference={self.reference!r}: models of several widths are carried to the first")
+            raise InputError(f"reference={self.reference!r}: models of several widths are moved to the first")
         match_pair = self._by_activations if self.by == "activations" else self._by_weights
         found = all_to_one(problem, self.name, lambda a, b: match_pair(problem, a, b), self.reference)
         return Alignment(**{**vars(found), "symmetries": tuple(problem.symmetries)})
@@ -116,7 +116,7 @@ class OTFusion:
         for root in roots_of(symmetry):
             costs = {s.name: _activation_cost(problem, s, self.at, fixed, moved) for s in _leaves(symmetry, root)}
             if _stands_alone(symmetry, root):
-                result.carry(root, costs[root.name])
+                result.move(root, costs[root.name])
             else:
                 result.permute(symmetry, root, {name: -cost for name, cost in costs.items()})
         return result.pair()
@@ -126,8 +126,8 @@ class OTFusion:
         nested = [space for space in roots_of(symmetry) if not _stands_alone(symmetry, space)]
         if nested and problem.symmetries:
             raise InputError(
-                f"space {nested[0].name} holds nested spaces: models of several widths with such are carried over "
-                "by='activations'"
+                f"space {nested[0].name} holds nested spaces: models of several widths with such are moved "
+                "by='activations' only"
             )
         weights = ProducerWeights.of(problem, fixed, moved)
         objective = None
@@ -138,7 +138,7 @@ class OTFusion:
             result.restart()
             for root in roots_of(symmetry):
                 if _stands_alone(symmetry, root):
-                    result.carry(root, weights.cost(root, result.transforms))
+                    result.move(root, weights.cost(root, result.transforms))
                 elif objective is not None:
                     result.transforms |= _match_by_weights(objective, root, result.transforms)
         return result.pair()
@@ -146,7 +146,7 @@ class OTFusion:
 
 @dataclass(eq=False)
 class Transport:
-    """What has been carried over so far, and at what cost."""
+    """What has been moved so far, and at what cost."""
 
     options: OTFusion
     transforms: dict[str, Transform] = field(default_factory=dict)
@@ -157,7 +157,7 @@ class Transport:
         """Forgets the costs, for another pass over all spaces."""
         self.cost, self.converged = 0.0, True
 
-    def carry(self, space: Space, cost: Cost) -> None:
+    def move(self, space: Space, cost: Cost) -> None:
         """Solves one space that stands alone."""
         if self.options.coupling == "hard":
             plan, converged = _exact_plan(cost), True
@@ -247,7 +247,7 @@ class ProducerWeights:
     def cost(self, space: Space, transforms: Mapping[str, Transform]) -> Cost:
         """Squared distance of what produces every unit of the fixed and of the moved model.
 
-        Tensors that also depend on spaces that are not carried over yet are left out, unless there are no others.
+        Tensors that also depend on spaces that were not moved yet are left out, unless there are no others.
         """
         produced = [
             (name, number)

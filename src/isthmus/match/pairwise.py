@@ -20,7 +20,7 @@ class Pair:
     """What a method found for two models.
 
     Attributes:
-        transforms: Carry the second model into the frame of the first.
+        transforms: Move the second model into the frame of the first.
         objective: What the method maximised, or None.
         upper_bound: A proven upper bound of it, or None.
         converged: Whether the method stopped because nothing improved any more.
@@ -52,7 +52,7 @@ def all_to_one(
     Args:
         problem: The models.
         name: The method's name.
-        match_pair: Finds the transforms that carry the second model (its number) into the frame of the first.
+        match_pair: Finds the transforms that move the second model (its number) into the frame of the first.
         reference: `"first"`; `"best"`, the model with the lowest loss on the problem's data, which needs labels;
             or `"medoid"`, the model whose summed objective with all others is largest, which matches all pairs.
 

@@ -24,7 +24,7 @@ class Procrustes:
 
     Attributes:
         at: Read activations where consumers receive them (`"post"`) or where they enter a nonlinearity (`"pre"`).
-        reference: Three and more models: which one all others are carried to, `"first"`, `"best"` or `"medoid"`.
+        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` or `"medoid"`.
 
     Source: Schönemann, "A generalized solution of the orthogonal Procrustes problem", Psychometrika 1966; as a way to
         merge, the limit of Horoi et al., CCA Merge, ICML 2024, at a large ridge.

@@ -108,7 +108,7 @@ class RelaxedObjective:
                 self.tensors[name].append(tensor)
 
     def pair(self, first: int, second: int) -> "RelaxedObjective":
-        """The objective of two of the models, of which the second moves."""
+        """The objective of two of the models; the second moves."""
         states = [self.states[first], self.states[second]]
         transforms = [self.transforms[first], self.transforms[second]]
         return RelaxedObjective(self.symmetry, states, self.parameters, transforms, [1])
@@ -188,7 +188,7 @@ class RelaxedObjective:
         """Coefficients, lowest first, of the objective at (1 − t) · points + t · vertices as a polynomial of t.
 
         A tensor that d actions move one after the other is a polynomial of degree d in t. Its value and its derivative
-        at 0, its value at 1, and d − 2 values between determine it; inner products of these are those of the models.
+        at 0, its value at 1, and d − 2 values between determine it; their inner products give the models'.
 
         Args:
             moved: The tensors at `points`.

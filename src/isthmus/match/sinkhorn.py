@@ -58,7 +58,7 @@ class Sinkhorn:
         budget: Multiplies the number of steps.
         batch: Samples a gradient is taken on, at most; larger batches of the data are split.
         start: Weight matching's permutations, or the models as they are (`"identity"`).
-        reference: Three and more models: which one all others are carried to, `"first"`, `"best"` or `"medoid"`.
+        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` or `"medoid"`.
 
     Source: Peña, Medeiros, Dubail, Aminbeidokhti, Granger, Pedersoli, Re-basin via implicit Sinkhorn differentiation,
         CVPR 2023. The paper differentiates the fixed point implicitly; here the turns are unrolled. Its values of τ, of
@@ -100,7 +100,7 @@ class Sinkhorn:
         """The alignment; its objective is the negative loss of the kept permutations, summed over pairs.
 
         Raises:
-            DataError: A task loss without labelled data, or a single batch, of which nothing can be held out.
+            DataError: A task loss without labelled data, or a single batch, so that none can be held out.
             ModelError: The outputs are no class scores for the targets.
         """
         alone = len(problem.models) < 2 or not len(problem.symmetry)
@@ -115,14 +115,14 @@ class Sinkhorn:
         return all_to_one(problem, self.name, match_pair, self.reference)
 
     def match(self, problem: MatchingProblem, fixed: State, moved: State, task: TaskLoss | None) -> Pair:
-        """The permutations that carry the second state into the frame of the first."""
+        """The permutations that move the second state into the frame of the first."""
         symmetry, names = problem.symmetry, problem.parameters
         start = identity_transforms(symmetry)
         if self.start == "weight_matching":
             objective = WeightObjective(symmetry, fixed, moved, names)
             start, _, _ = best_of_starts(objective, 3, 100, problem.seed)
-        carried = move_state(moved, start, symmetry, reset_variances=True)
-        if all(torch.equal(fixed[name], carried[name]) for name in names):
+        begun = move_state(moved, start, symmetry, reset_variances=True)
+        if all(torch.equal(fixed[name], begun[name]) for name in names):
             return Pair(start, details={"equal": True})
         like = next(t for t in fixed.values() if t.is_floating_point())
         latents = {

@@ -45,8 +45,8 @@ class StraightThrough:
         start: Projections go on from weight matching's permutations, or from where the models are (`"identity"`).
 
     Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin, ICLR 2023, Algorithm 2. For three and more models the idea is
-        that of the straight-through estimator for many models (STE-MM), ICML 2025, of which only a summary could be
-        read: uniform weights on the simplex are an assumption. The held-out judgement and the start from weight
+        the straight-through estimator's for many models (STE-MM), ICML 2025; only a summary of it could be read:
+        uniform weights on the simplex are an assumption. The held-out judgement and the start from weight
         matching are this project's own.
     """
 
@@ -73,7 +73,7 @@ class StraightThrough:
         """The alignment; its objective is the negative loss of the models' mean on the held-out batches.
 
         Raises:
-            DataError: No labelled data, or a single batch, of which nothing can be held out.
+            DataError: No labelled data, or a single batch, so that none can be held out.
             ModelError: The outputs are no class scores for the targets.
         """
         begun = time.perf_counter()

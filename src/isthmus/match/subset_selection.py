@@ -55,7 +55,7 @@ class SubsetSelection:
 
     The models are first matched by permutations. Then, from the output back to the input, each space's units are chosen
     one by one, each time the candidate that explains most of what is left of the mean of the next layers'
-    pre-activations (those of the units chosen there). A pair that agrees is kept as its mean; a pair that does not is
+    pre-activations, at the units chosen there. A pair that agrees is kept as its mean; a pair that does not is
     kept as one model's unit, the other's, both, or neither. `back` is the linear regression of each model's units on
     the chosen ones. Spaces of a nested family, and those that can be read nowhere in the graph, keep their permutation.
 
@@ -67,7 +67,7 @@ class SubsetSelection:
         at: Where activations are read: `"post"`, as consumers receive them, or `"pre"`.
         reference: Three and more models: the reference of the pairing, `"first"`, `"best"` or `"medoid"`.
 
-    Source: this project. The greedy choice is that of column subset selection (Farahat, Ghodsi, Kamel, 2011, "An
+    Source: this project. The greedy choice is column subset selection's (Farahat, Ghodsi, Kamel, 2011, "An
         efficient greedy method for unsupervised feature selection"); merging within and across models is the idea of
         Stoica et al., ZipIt!, ICLR 2024.
     """
@@ -110,7 +110,7 @@ class SubsetSelection:
         for index, permutations in enumerate(paired.transforms):
             found = dict(permutations)
             for name, selection in chosen.items():
-                # The sum over models carries no 1/N, which a mean over them does.
+                # The sum over models has no factor 1/N, which a mean over them has.
                 into = len(problem.models) * selection.into[index]
                 found[name] = LinearMap(into.float(), selection.back[index].float())
             transforms.append(found)
@@ -205,7 +205,7 @@ def _select_units(
     """Greedy column subset selection for one space.
 
     Args:
-        covariance: Of all models' units, matched units at one index.
+        covariance: Covariance of all models' units, matched units at one index.
         consumers: What the mean of the next layers reads from each unit.
     """
     models, units = covariance.shape[:2]
@@ -219,7 +219,7 @@ def _select_units(
     means = torch.cat([eye / models] * models, dim=1)
     candidates = torch.cat([torch.eye(total, dtype=K.dtype, device=K.device), means])
     picks = _greedy_subset(candidates @ K @ candidates.T, root @ K @ candidates.T, units)
-    # What is left adds nothing on the data: the means of pairs of which no unit was chosen come first.
+    # What is left adds nothing on the data: means of pairs without a chosen unit come first.
     taken = {pick % units for pick in picks}
     spare = sorted(set(range(units)) - {pick - total for pick in picks}, key=lambda unit: unit in taken)
     picks += [total + unit for unit in spare[: units - len(picks)]]
@@ -241,7 +241,7 @@ def _greedy_subset(
     """Up to `count` candidates, each the one that explains most of what those before it leave open.
 
     Args:
-        covariance: Of the candidates.
+        covariance: Covariance of the candidates.
         wanted: Covariance of what is to be explained with the candidates.
         count: How many to choose; fewer are returned where nothing is left to explain.
     """

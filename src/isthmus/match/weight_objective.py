@@ -273,8 +273,8 @@ def _singular_values(rows: Float[Tensor, "units features"]) -> Float[Tensor, " v
 def _lay(tensor: Tensor, site: Site, first: Sequence[int]) -> Float[Tensor, "... units"]:
     """A tensor's numbers at a site: dimensions `first`, a unit's places, all other dimensions, and last the units.
 
-    Contiguous in memory, so that an order along one of the first dimensions moves whole rows. Units are those of all
-    copies.
+    Contiguous in memory, so that an order along one of the first dimensions moves whole rows. The units are
+    counted over all copies.
     """
     rest = [d for d in range(tensor.ndim) if d not in site.dims]
     shape = [tensor.shape[d] for d in rest]

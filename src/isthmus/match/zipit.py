@@ -48,7 +48,7 @@ class ZipIt:
     `back` is U_m: use equal coefficients. Groups of one unit a model are plain permutations and returned as such, and
     stand where model 0 has that unit. Units that never vary are alike.
 
-    Nested spaces, and those of which a tensor would take the factor N twice, are matched to model 0 by permutations
+    Nested spaces, and spaces that would give some tensor the factor N twice, are matched to model 0 by permutations
     that maximise the summed correlation.
 
     Attributes:
@@ -122,7 +122,7 @@ class ZipIt:
 def _zippable(symmetry: Symmetry) -> list[Space]:
     """The spaces whose units can be merged at will: those that stand alone and scale no tensor twice.
 
-    `into` carries the number of models; a tensor that moves by two such maps at the same place would carry its square.
+    `into` has the number of models as a factor; a tensor that moves by two such maps at one place would get its square.
     """
     alone = [space for space in symmetry if space.copies == 1 and space.parent is None and not symmetry.children(space)]
     names = {space.name for space in alone}
@@ -224,7 +224,7 @@ def _zip_units(similarity: Float[np.ndarray, "total total"], models: int, budget
 
 
 def _slots_of(group: Int[np.ndarray, "models units"]) -> Int[np.ndarray, "models units"]:
-    """Slots of groups that are called by their lowest unit: that of model 0, or the next free one."""
+    """Slots of groups that are called by their lowest unit: model 0's unit's own slot, or else the next free one."""
     units = group.shape[1]
     names = np.unique(group)
     slot = {int(name): int(name) for name in names if name < units}
