@@ -44,13 +44,13 @@ from isthmus import explain
 from isthmus.average import AVERAGES
 from isthmus.checkpoint import load_module, load_state
 from isthmus.data import load_data
-from isthmus.match import CCA, METHODS, Learned, OrthogonalMatching, OTFusion, Sinkhorn, StraightThrough, ZipIt
+from isthmus.match import CCA, METHODS, STE, Learned, OrthogonalMatching, OTFusion, Sinkhorn, ZipIt
 from isthmus.models import load_model, sample_shape, sample_tokens
 from isthmus.runs.demo import run_demo
 
 # Methods that train by gradients, in a few steps.
 BRIEF = {
-    "ste": StraightThrough(steps=5, learning_rate=0.03),
+    "ste": STE(steps=5, learning_rate=0.03),
     "sinkhorn": Sinkhorn(steps=5, learning_rate=0.2),
     "learned": Learned(steps=5, learning_rate=0.05),
 }

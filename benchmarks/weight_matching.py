@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import isthmus
 from isthmus.match.base import identity_transforms
-from isthmus.match.coordinate_ascent import descend
+from isthmus.match.coordinate_ascent import coordinate_ascent
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.models import load_model, sample_shape
@@ -64,7 +64,7 @@ def run(name: str, spec: plain.Spec, symmetry: isthmus.Symmetry, seed: int) -> d
 
     def ours() -> object:
         objective = WeightObjective(symmetry, *states, frozenset(trained))
-        return descend(objective, identity_transforms(symmetry), 100, order())
+        return coordinate_ascent(objective, identity_transforms(symmetry), 100, order())
 
     seconds: dict[str, float | bool] = {}
     seconds["float64"], expected = timed(lambda: plain.weight_matching(spec, *wide, order()))

@@ -12,7 +12,7 @@ from helpers.pairs import CNN, MLP, data_of, lively, planted, symmetry, trained
 from helpers.refusals import refuses
 from helpers.zoo import ZOO as STRUCTURES
 from isthmus.errors import DataError, InputError
-from isthmus.match.base import identity_transforms
+from isthmus.match.base import Match, identity_transforms
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.measure.cycles import CycleError, cycle_error, pairwise_barriers
 from isthmus.symmetry import LinearMap, Permutation
@@ -20,12 +20,11 @@ from isthmus.symmetry import LinearMap, Permutation
 ALL_TO_ONE = WeightMatching(restarts=1, many="all_to_one")
 
 
-class Drawn:
+class Drawn(Match):
     """A method that gives every ordered pair of models its own random permutations, without looking at them."""
 
     name: ClassVar[str] = "drawn"
     exact: ClassVar[bool] = True
-    needs = ""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)

@@ -31,7 +31,7 @@ from isthmus.match import METHODS
 from isthmus.match.learned import Learned
 from isthmus.match.orthogonal_matching import OrthogonalMatching
 from isthmus.match.sinkhorn import Sinkhorn
-from isthmus.match.straight_through import StraightThrough
+from isthmus.match.ste import STE
 from isthmus.measure.connect import connect
 from isthmus.models import load_model, sample_tokens
 from isthmus.observe.layers import layers_of
@@ -44,7 +44,7 @@ TIED = f"{GPT}&tied=true&bias=true"
 VIT = "vit?width=8&depth=1&heads=2&in_channels=1&image_size=8"
 EVERY_NETWORK = pytest.mark.parametrize("spec", [GPT, ROPE, TIED, VIT])
 BRIEF = {
-    "ste": StraightThrough(steps=5, learning_rate=0.03),
+    "ste": STE(steps=5, learning_rate=0.03),
     "sinkhorn": Sinkhorn(steps=5, learning_rate=0.2),
     "learned": Learned(steps=5, learning_rate=0.05),
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -9,6 +10,20 @@ from typing import Any, TypeVar
 from isthmus.errors import InputError
 
 T = TypeVar("T")
+
+
+def table_of(base: type[T], names: Mapping[str, object]) -> dict[str, type[T]]:
+    """All finished classes of a kind among a module's names, by the `name` that each bears, in order.
+
+    Args:
+        base: What they have in common; it is none of them, nor is any other class with abstract methods.
+        names: The module's `globals()`.
+    """
+    found: dict[str, type[T]] = {}
+    for each in names.values():
+        if inspect.isclass(each) and issubclass(each, base) and not inspect.isabstract(each):
+            found[getattr(each, "name")] = each  # noqa: B009 (that it has one is a law of the base)
+    return found
 
 
 def configure(kind: str, name: str, table: Mapping[str, type[T]], options: Mapping[str, Any] | None = None) -> T:

@@ -1,7 +1,6 @@
 """What every matching method obeys, whatever the network: a new method is tested by being in the table."""
 
 import copy
-import dataclasses
 import json
 import math
 from functools import cache
@@ -15,23 +14,11 @@ import isthmus
 from helpers.pairs import CNN, MLP, data_of, inputs_of, lively, stir, symmetry, trained
 from helpers.zoo import ZOO as STRUCTURES
 from isthmus.match import METHODS
-from isthmus.match.cca import CCA
-from isthmus.match.learned import Learned
-from isthmus.match.sinkhorn import Sinkhorn
-from isthmus.match.straight_through import StraightThrough
 from isthmus.symmetry import Permutation
 from isthmus.symmetry.transform import compose
 
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 EXACT_METHOD = pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.exact])
-# Methods that train by gradients: few steps, each wide enough to try other permutations.
-BRIEF = {
-    "ste": StraightThrough(steps=10, learning_rate=0.03),
-    "sinkhorn": Sinkhorn(steps=10, learning_rate=0.2),
-    "learned": Learned(steps=10, learning_rate=0.05),
-}
-# Methods that look at all models together.
-JOINT = ("auto", "c2m3", "orthogonal_matching", "ste", "subset_selection", "weight_matching", "zipit")
 EVERY_NETWORK = pytest.mark.parametrize("name", [MLP, CNN, "GroupNormResidual", "Attention"])
 
 
@@ -62,7 +49,7 @@ def classified(model: nn.Module, x: torch.Tensor, seed: int) -> tuple[torch.Tens
 
 
 def align(method: str, models, sym, data, **options) -> isthmus.Alignment:
-    return isthmus.align(models, sym, BRIEF.get(method, method), data=data, **options)
+    return isthmus.align(models, sym, METHODS[method].brief(), data=data, **options)
 
 
 def as_bytes(transform) -> list[bytes]:
@@ -184,21 +171,11 @@ def same(a, b) -> bool:
     return as_bytes(a) == as_bytes(b)
 
 
-# Methods that match every model to one reference on its own: what the others are does not matter.
-ONE_BY_ONE = [
-    name
-    for name, method in METHODS.items()
-    if name not in JOINT and any(field.name == "reference" for field in dataclasses.fields(method))
-]
-
-
-@pytest.mark.parametrize("method", ONE_BY_ONE)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.joint])
 @EVERY_NETWORK
 def test_each_model_is_matched_as_if_it_were_alone(name, method):
     """To the bit: what is read of two models is summed pair by pair, whatever is read beside it."""
     models, sym, data = case(name, 3)
-    if method == "cca":  # the ridge is chosen for all models together
-        method = CCA(gamma=0.1)
     together = align(method, models, sym, data)
     swapped = align(method, [models[0], models[2], models[1]], sym, data)
     for index in (1, 2):

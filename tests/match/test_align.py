@@ -1,4 +1,5 @@
 import copy
+import inspect
 import re
 
 import numpy as np
@@ -89,7 +90,6 @@ GOOD = {"models": MODELS, "symmetry": symmetry(MLP)}
 REFUSED = {
     "a misspelt name": ({"method": "weight_matchin"}, InputError, "did you mean 'weight_matching'"),
     "a name like no other": ({"method": "zzz"}, InputError, "choose from auto, identity, weight_matching"),
-    "a class": ({"method": WeightMatching}, InputError, "configured method"),
     "no models": ({"models": []}, InputError, "no models"),
     "only state dicts": ({"models": [m.state_dict() for m in MODELS]}, InputError, "give module="),
     "no symmetry": ({"symmetry": None}, InputError, "no symmetry"),
@@ -120,11 +120,17 @@ def test_it_refuses(what):
         isthmus.align(**{**GOOD, **changed})
 
 
+def test_a_class_is_no_configured_method():
+    align = inspect.unwrap(isthmus.align)  # without the type checks of the tests, which come first
+    with refuses(InputError, "configured method"):
+        align(MODELS, symmetry(MLP), WeightMatching)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
         ("weight_matching", {"restart": 3}, "has no option 'restart' (did you mean 'restarts'?)"),
-        ("activation_matching", {"zzz": 3}, "it has at, similarity"),
+        ("activation_matching", {"zzz": 3}, "it has reference, at, similarity"),
         ("identity", {"at": "pre"}, "it has none"),
         ("weight_matching", {"restarts": 0}, "restarts=0"),
     ],

@@ -108,6 +108,17 @@ def test_the_ridge_is_chosen_on_data_held_out():
         )
 
 
+def test_with_a_given_ridge_each_model_is_mapped_as_if_it_were_alone():
+    models = [trained(MLP, seed) for seed in range(3)]
+    method, sym, data = CCA(gamma=0.1), symmetry(MLP), data_of(MLP)
+    together = isthmus.align(models, sym, method, data=data)
+    for index in (1, 2):
+        alone = isthmus.align([models[0], models[index]], sym, method, data=data)
+        for name, transform in alone.transforms[1].items():
+            assert torch.equal(together.transforms[index][name].into, transform.into)
+            assert torch.equal(together.transforms[index][name].back, transform.back)
+
+
 def test_what_is_ill_posed_is_refused():
     models = [trained(MLP, seed) for seed in range(2)]
     x, y = data_of(MLP)[0]

@@ -32,10 +32,10 @@ from isthmus.match.gradient_search import (
     search,
     working_states,
 )
-from isthmus.match.straight_through import StraightThrough
+from isthmus.match.ste import STE
 from isthmus.symmetry import Permutation
 from isthmus.symmetry.transform import as_matrix, move_state
-from oracles import straight_through as oracle
+from oracles import ste as oracle
 
 # Chains, shared and repeated places, tied tensors, nested families, and two that interlock.
 SEVERAL = (
@@ -131,9 +131,9 @@ def test_one_sample_has_no_variance():
     x, y = torch.randn(3, 3), torch.tensor([0, 1, 1])
     sym = isthmus.trace(models[0], x)
     with refuses(DataError, "a batch of one sample has no variance"):
-        isthmus.align(models, sym, StraightThrough(steps=1), data=[(x, y), (x[:1], y[:1])])
+        isthmus.align(models, sym, STE(steps=1), data=[(x, y), (x[:1], y[:1])])
     with refuses(DataError, "a batch of one sample has no variance"):
-        isthmus.align(models, sym, StraightThrough(steps=1, batch=1), data=[(x, y), (x, y)])
+        isthmus.align(models, sym, STE(steps=1, batch=1), data=[(x, y), (x, y)])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from isthmus.match.weight_objective import WeightObjective
 from isthmus.symmetry import LinearMap, Permutation
 from isthmus.symmetry.transform import as_matrix, invert
 from oracles import learned as oracle
-from oracles.straight_through import as_sample, layers_of, loss_by_batch
+from oracles.ste import as_sample, layers_of, loss_by_batch
 
 SMALL = "mlp?in_features=64&width=12&depth=2"
 NESTED = ("Attention", "GroupNorm", "GroupedConv", "GroupedQueries", "TiedEmbedding", "RecurrentCell")

@@ -10,7 +10,7 @@ from helpers.pairs import CNN, MLP, inputs_of, lively, symmetry
 from helpers.prenorm import CONFIGS, symmetry_of, tokens, transformer
 from helpers.refusals import refuses
 from isthmus.errors import DataError, InputError
-from isthmus.match.coordinate_ascent import _random_start, ascend
+from isthmus.match.coordinate_ascent import _random_start, coordinate_ascent
 from isthmus.match.nested import family_of
 from isthmus.match.nested import solve_family as solve_by_permutations
 from isthmus.match.orthogonal_matching import (
@@ -228,7 +228,7 @@ def test_a_space_that_meets_itself_is_climbed(seed):
     (root,) = objective.families()
     assert objective.is_coupled(root)
     start: dict[str, Transform] = {root.name: Permutation.identity(root)}
-    transforms, converged = ascend(objective, start, 100, np.random.default_rng(0), _improve_family)
+    transforms, converged = coordinate_ascent(objective, start, 100, np.random.default_rng(0), _improve_family)
     assert converged
     assert objective.value(transforms) > objective.value(start)
     found = isthmus.align([a, b], sym, "orthogonal_matching")

@@ -21,7 +21,7 @@ from isthmus.match.gradient_search import TaskLoss, combine, move_softly
 from isthmus.match.sinkhorn import LAMBDAS, Sinkhorn, _doubly_stochastic, _rounded, _squared_distance
 from isthmus.symmetry.transform import invert
 from oracles import sinkhorn as oracle
-from oracles.straight_through import as_sample, layers_of, loss_by_batch
+from oracles.ste import as_sample, layers_of, loss_by_batch
 
 SMALL = "mlp?in_features=64&width=12&depth=2"
 NESTED = ("Attention", "GroupNorm", "GroupedConv", "GroupedQueries", "TiedEmbedding", "RecurrentCell")

@@ -1,6 +1,6 @@
 """Learned matching transcribed for multilayer perceptrons: every group's map and its derivative by hand.
 
-Networks, batches and maps are those of `oracles.straight_through` and `oracles.sinkhorn`.
+Networks, batches and maps are those of `oracles.ste` and `oracles.sinkhorn`.
 
 Source: generalized linear mode connectivity for Transformers, NeurIPS 2025, of which only a summary could be read. The
     parametrisations transcribed here are the library's own.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from oracles.sinkhorn import moved_by, nearest, slopes_of_maps, slopes_of_task
-from oracles.straight_through import Adam, Layers, Permutations, Sample, combined, held_out_loss, permuted
+from oracles.ste import Adam, Layers, Permutations, Sample, combined, held_out_loss, permuted
 
 Map = tuple[np.ndarray, np.ndarray]
 

@@ -1,6 +1,6 @@
 """Sinkhorn Re-Basin transcribed for multilayer perceptrons: turns of normalisation and their derivative by hand.
 
-Networks and batches are those of `oracles.straight_through`. A map of hidden layer l is a pair of matrices: `into`
+Networks and batches are those of `oracles.ste`. A map of hidden layer l is a pair of matrices: `into`
 carries its units into the common frame, `back` carries them back.
 
 Source: Peña, Medeiros, Dubail, Aminbeidokhti, Granger, Pedersoli, Re-basin via implicit Sinkhorn differentiation, CVPR
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from oracles.straight_through import Adam, Layers, Permutations, Sample, combined, gradients_of, held_out_loss, permuted
+from oracles.ste import Adam, Layers, Permutations, Sample, combined, gradients_of, held_out_loss, permuted
 
 Maps = Sequence[np.ndarray]
 

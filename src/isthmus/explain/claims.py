@@ -88,7 +88,7 @@ def judge_claims(
             `"activation_matching"`, `"ste"`.
         activation_matching: What `measure_spectra` returned for activation matching.
         ste: What it returned for the straight-through estimator. It, and its barrier, must come from a search that
-            starts where the models are, `StraightThrough(start="identity")`: from weight matching's permutations on, it
+            starts where the models are, `STE(start="identity")`: from weight matching's permutations on, it
             keeps what these aligned, and the claim says nothing of that.
 
     Raises:

@@ -1,44 +1,12 @@
 """Matching methods by name, and `align`, which runs one.
 
-A method is one file with a frozen dataclass, and one line in `methods.py`.
+A method is one file with a frozen dataclass, and one line in `methods.py`, whose names are all taken over here.
 """
 
-from isthmus.match.activation_matching import ActivationMatching
-from isthmus.match.aligning import METHODS, align
-from isthmus.match.auto import Auto
-from isthmus.match.base import Match, MatchingProblem
-from isthmus.match.c2m3 import C2M3
-from isthmus.match.cca import CCA
-from isthmus.match.identity import Identity
-from isthmus.match.learned import Learned
-from isthmus.match.mudsc import MuDSC
-from isthmus.match.orthogonal_matching import OrthogonalMatching
-from isthmus.match.ot_fusion import OTFusion
-from isthmus.match.procrustes import Procrustes
-from isthmus.match.sinkhorn import Sinkhorn
-from isthmus.match.straight_through import StraightThrough
-from isthmus.match.subset_selection import SubsetSelection
-from isthmus.match.weight_matching import WeightMatching
-from isthmus.match.zipit import ZipIt
-
-__all__ = [
-    "C2M3",
-    "CCA",
-    "METHODS",
-    "ActivationMatching",
-    "Auto",
-    "Identity",
-    "Learned",
-    "Match",
-    "MatchingProblem",
-    "MuDSC",
-    "OTFusion",
-    "OrthogonalMatching",
-    "Procrustes",
-    "Sinkhorn",
-    "StraightThrough",
-    "SubsetSelection",
-    "WeightMatching",
-    "ZipIt",
-    "align",
-]
+from isthmus.match.aligning import METHODS as METHODS
+from isthmus.match.aligning import align as align
+from isthmus.match.auto import Auto as Auto
+from isthmus.match.base import Match as Match
+from isthmus.match.base import MatchingProblem as MatchingProblem
+from isthmus.match.methods import *  # noqa: F403 (one line a method)
+from isthmus.match.pairwise import PairwiseMethod as PairwiseMethod

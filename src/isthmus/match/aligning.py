@@ -18,7 +18,7 @@ from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry, check_counterpart
 from isthmus.tracing.trace import trace
 
-METHODS: dict[str, type[Match]] = {"auto": Auto, **CANDIDATES}
+METHODS: dict[str, type[Match]] = {Auto.name: Auto, **CANDIDATES}
 
 
 def align(
@@ -57,7 +57,7 @@ def align(
         raise InputError(f"seed={seed}: give 0 or more")
     if data is not None:
         check_data(data)
-    unequal = models and module is None and getattr(configured, "resizes", False) and differ_in_width(models)
+    unequal = models and module is None and configured.resizes and differ_in_width(models)
     modules = as_own_modules(models) if unequal else as_modules(models, module)
     MatchingProblem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
     symmetry = symmetry_of(modules[0], symmetry, inputs, data)

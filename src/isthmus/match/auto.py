@@ -1,7 +1,6 @@
 """Auto: the method whose merged model does best on a held-out part of the given data."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,21 +8,17 @@ from typing import ClassVar
 
 from isthmus.data.batches import is_labelled, split_batches
 from isthmus.errors import InputError, IsthmusError
-from isthmus.match.base import Match, MatchingProblem, match_folded
+from isthmus.match.base import Match, MatchingProblem, identity_transforms, match_folded
 from isthmus.match.coordinate_ascent import total_value
 from isthmus.match.held_out import judge_by
-from isthmus.match.identity import Identity
 from isthmus.match.methods import CANDIDATES
 from isthmus.progress import progress
 from isthmus.registry import configure
 from isthmus.symmetry.alignment import Alignment
 
-# Methods that train by gradients take minutes; they are tried if they are named.
-BY_GRADIENT = ("ste", "sinkhorn", "learned")
-
 
 @dataclass(frozen=True)
-class Auto:
+class Auto(Match):
     """Tries every method that the data allows on one part of it, keeps the best on the other, and says why.
 
     A method is judged by the plain mean of the models that it aligned, BatchNorm statistics reset on the fitting part:
@@ -44,12 +39,12 @@ class Auto:
 
     name: ClassVar[str] = "auto"
     exact: ClassVar[bool] = False
-    folds: ClassVar[bool] = False  # each candidate sees the models as it needs them
+    joint: ClassVar[bool] = True
 
     @property
-    def needs(self) -> str:
-        """Nothing but the weights; data lets it try more."""
-        return ""
+    def folds(self) -> bool:
+        """No: each candidate sees the models as it needs them."""
+        return False
 
     def __post_init__(self) -> None:
         if isinstance(self.candidates, str):
@@ -69,7 +64,7 @@ class Auto:
         """
         names = tuple(self.candidates or ())
         if self.candidates is None:
-            names = tuple(name for name in CANDIDATES if name not in BY_GRADIENT)
+            names = tuple(name for name, method in CANDIDATES.items() if not method.by_gradient)
         if not names or self.name in names:
             raise InputError(f"candidates={list(names)}: name one method or more, other than {self.name!r}")
         return [configure("matching method", name, CANDIDATES) for name in names]
@@ -81,11 +76,9 @@ class Auto:
             DataError: A single batch, which cannot be split.
             InputError: No candidate can be used on these models with this data.
         """
-        start = time.perf_counter()
         if len(problem.models) == 1 or not len(problem.symmetry):
-            return replace(
-                Identity()(problem), method=self.name, details={"chosen": "identity", "why": "nothing moves"}
-            )
+            still = tuple(identity_transforms(problem.symmetry) for _ in problem.models)
+            return Alignment(problem.symmetry, still, self.name, details={"chosen": "identity", "why": "nothing moves"})
         met = {""}
         fitting, held = problem.data, None
         if problem.data is not None:
@@ -116,7 +109,6 @@ class Auto:
         return replace(
             found,
             method=self.name,
-            seconds=time.perf_counter() - start,
             details={
                 "chosen": chosen,
                 "why": f"lowest {criterion}: {finite[chosen]:.4g}",

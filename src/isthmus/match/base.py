@@ -1,8 +1,10 @@
 """What every matching method is: a configured object that turns a problem into an alignment."""
 
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -94,40 +96,75 @@ class MatchingProblem:
             raise DataError(f"{who} needs labels: give batches (x, y), not x alone")
 
 
-@runtime_checkable
-class Match(Protocol):
+class Match(ABC):
     """A matching method: a frozen dataclass whose fields are its options.
+
+    It should be the case that:
+
+    - every model gets one transform a space, and the transform is of that space's group or a linear map that the
+      method's docstring owns up to;
+    - the first model does not move, unless an option says so: the common frame is that of the first;
+    - one model alone, or a network in which nothing can move, gives the identity, and an objective of zero or none;
+    - with `exact`, every transform is a permutation, and every moved model computes what it did;
+    - with `exact`, and data where it `needs` some, a model is found again in a permuted copy of itself: the two moved
+      models have the same weights;
+    - copies of one model merge into that model;
+    - going round any cycle of models is the identity;
+    - the same models, data and seed give the same bytes, whatever else has drawn random numbers;
+    - nothing that it was given changes: weights, modes, data, global random states;
+    - unless `joint`, a model's transforms do not depend on which other models are matched beside it, or in what order;
+    - models of any floating-point precision will do, and several in one call;
+    - it returns a finite objective or None, never above its upper bound, and details that JSON can hold.
+
+    `tests/laws/test_matching.py` states these as tests, and runs them for every method of the table.
 
     Attributes:
         name: The method's name in `METHODS`.
         exact: Whether all its transforms are permutations, so that every moved model keeps its function.
-        folds: Whether it may use linear maps, so that norms' gains are folded first; `not exact` where it is left out.
-        resizes: Whether it also aligns models of several widths (`MatchingProblem.symmetries`); False where it is
-            left out.
-        needs: What it needs beside the weights, which may depend on its options: `""`, `"data"` (batches; targets are
-            not used) or `"labels"` (batches with targets).
+        resizes: Whether it also aligns models of several widths (`MatchingProblem.symmetries`).
+        joint: Whether it looks at all models together, so that what one undergoes depends on the others.
+        by_gradient: Whether it trains, which takes minutes; `auto` tries such methods only if they are named.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool]
+    resizes: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
+    by_gradient: ClassVar[bool] = False
 
     @property
     def needs(self) -> str:
-        """What the method needs beside the weights."""
-        ...
+        """What it needs beside the weights: `""`, `"data"` (targets are not used) or `"labels"` (with targets)."""
+        return ""
 
+    @property
+    def folds(self) -> bool:
+        """Whether it may use linear maps, so that norms' gains are folded first."""
+        return not self.exact
+
+    @classmethod
+    def brief(cls) -> "Match":
+        """The method with options that make it quick on tiny networks, and still let it move things: for the laws."""
+        return cls()
+
+    @abstractmethod
     def __call__(self, problem: MatchingProblem) -> Alignment:
-        """The alignment of all models of the problem; model 0 does not move unless the method says otherwise."""
-        ...
+        """The alignment of all models of the problem; `align` times it."""
 
 
-def folds(method: Match) -> bool:
-    """Whether a method may use linear maps, and so wants models whose norms' gains are folded."""
-    return bool(getattr(method, "folds", not method.exact))
+def match_timed(method: Match, problem: MatchingProblem) -> Alignment:
+    """The alignment by a method, and how long it took.
+
+    Raises:
+        IsthmusError: What the method raises.
+    """
+    start = time.perf_counter()
+    found = method(problem)
+    return replace(found, seconds=time.perf_counter() - start)
 
 
 def match_folded(method: Match, problem: MatchingProblem) -> Alignment:
-    """The alignment by a method; where it may use linear maps, it sees models whose norms' gains are folded.
+    """The alignment by a method, timed; where it may use linear maps, it sees models whose norms' gains are folded.
 
     A gain of each unit commutes with permutations alone. Folded, it leaves a space the group that it claims; an
     alignment that holds more than permutations notes that models have to be folded before they are moved.
@@ -135,11 +172,11 @@ def match_folded(method: Match, problem: MatchingProblem) -> Alignment:
     Raises:
         IsthmusError: What the method raises, or a gain that cannot be folded.
     """
-    if not folds(method) or not has_diagonal_sites(problem.symmetry):
-        return method(problem)
+    if not method.folds or not has_diagonal_sites(problem.symmetry):
+        return match_timed(method, problem)
     models = [fold_norm_gains(model, problem.own_symmetry(index)) for index, model in enumerate(problem.models)]
     folded = MatchingProblem(models, problem.symmetry, problem.data, problem.seed, problem.symmetries)
-    found = method(folded)
+    found = match_timed(method, folded)
     return found if found.is_exact else replace(found, folded=True)
 
 

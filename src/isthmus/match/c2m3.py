@@ -1,7 +1,6 @@
 """Cycle-consistent multi-model matching: all models and spaces at once, by Frank-Wolfe on averages of permutations."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,11 +10,10 @@ import torch
 from jaxtyping import Float
 
 from isthmus.errors import InputError
-from isthmus.match.base import MatchingProblem, identity_transforms
-from isthmus.match.coordinate_ascent import descend, merge_many, total_value
+from isthmus.match.base import Match, MatchingProblem, identity_transforms
+from isthmus.match.coordinate_ascent import coordinate_ascent, match_by_weights, merge_many, total_value
 from isthmus.match.nested import family_of
 from isthmus.match.relaxed_objective import Point, RelaxedObjective, mix
-from isthmus.match.weight_matching import WeightMatching
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.progress import progress
 from isthmus.symmetry.alignment import Alignment
@@ -25,14 +23,14 @@ from isthmus.symmetry.transform import Transform
 STEPS = 50
 # Frank-Wolfe has converged when no point can promise, to first order, a rise by more than this share of the objective.
 GAP = 1e-4
-# Sweeps of one coordinate descent, and rounds over all models, as in weight matching.
+# Sweeps of one coordinate ascent, and rounds over all models, as in weight matching.
 SWEEPS = 100
 
 FRAMES = ("first", "universe")
 
 
 @dataclass(frozen=True)
-class C2M3:
+class C2M3(Match):
     """Maximises Σ_{p<q} Σ_W ⟨π_p(W_p), π_q(W_q)⟩ over one permutation a model and space into a common universe.
 
     Going round any cycle of models is the identity by construction. Permutations are relaxed to doubly stochastic
@@ -51,7 +49,7 @@ class C2M3:
         budget: Multiplies the number of steps that a start may take.
         pinned: Hold model 0 still while the others move. Whatever moves all models alike changes nothing, so no optimum
             is lost. False moves all models from the start on, as the paper does; none are matched as pairs first.
-        polish: Go on from the projected permutations by the coordinate descent of weight matching, and keep weight
+        polish: Go on from the projected permutations by the coordinate ascent of weight matching, and keep weight
             matching's own result, from where the models are, if it is better.
         frame: The common frame: `"first"`, model 0's own, or `"universe"`, where the search ended.
 
@@ -69,11 +67,7 @@ class C2M3:
 
     name: ClassVar[str] = "c2m3"
     exact: ClassVar[bool] = True
-
-    @property
-    def needs(self) -> str:
-        """Nothing but the weights."""
-        return ""
+    joint: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.restarts < 1:
@@ -85,7 +79,6 @@ class C2M3:
 
     def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the inner product of the moved weights, summed over pairs of models."""
-        start = time.perf_counter()
         symmetry, count = problem.symmetry, len(problem.models)
         best = [identity_transforms(symmetry) for _ in range(count)]
         if count < 2 or not len(symmetry):
@@ -95,7 +88,7 @@ class C2M3:
         relaxed = RelaxedObjective(symmetry, problem.states, problem.parameters, best, moving)
         rival = None
         if self.polish or relaxed.held:
-            rival = WeightMatching(restarts=1, max_sweeps=SWEEPS)(problem)
+            rival = match_by_weights(problem, restarts=1, max_sweeps=SWEEPS)
         if relaxed.held and rival is not None:
             held = [space.name for root in relaxed.held for space in family_of(symmetry, root)]
             best = [own | {name: t[name] for name in held} for own, t in zip(best, rival.transforms, strict=True)]
@@ -133,8 +126,7 @@ class C2M3:
                 "held": [space.name for space in relaxed.held],
             },
         )
-        alignment = alignment.rebased(0) if self.frame == "first" else alignment
-        return Alignment(**{**vars(alignment), "seconds": time.perf_counter() - start})
+        return alignment.rebased(0) if self.frame == "first" else alignment
 
     def search(
         self, relaxed: RelaxedObjective, seed: int, restart: int
@@ -220,11 +212,12 @@ def _highest(coefficients: Float[np.ndarray, " coefficients"]) -> float:
 def _polish(
     problem: MatchingProblem, transforms: Sequence[dict[str, Transform]], restart: int
 ) -> tuple[list[dict[str, Transform]], bool]:
-    """Coordinate descent from permutations of every model, and whether it ended by itself."""
+    """Coordinate ascent from permutations of every model, and whether it ended by itself."""
     if len(transforms) > 2:
         polished, _, converged = merge_many(problem, transforms, SWEEPS)
         return polished, converged
     own = Alignment(problem.symmetry, tuple(transforms)).rebased(0).transforms[1]
     objective = WeightObjective(problem.symmetry, problem.states[0], problem.states[1], problem.parameters)
-    moved, converged = descend(objective, dict(own), SWEEPS, np.random.default_rng([problem.seed, restart]))
+    rng = np.random.default_rng([problem.seed, restart])
+    moved, converged = coordinate_ascent(objective, own, SWEEPS, rng)
     return [identity_transforms(problem.symmetry), moved], converged

@@ -15,7 +15,7 @@ from isthmus.errors import DataError, InputError
 from isthmus.match.base import MatchingProblem
 from isthmus.match.held_out import judge_by
 from isthmus.match.linear_maps import map_spaces
-from isthmus.match.pairwise import Pair, all_to_one, check_reference
+from isthmus.match.pairwise import Pair, PairwiseDataMethod, all_to_one
 from isthmus.match.polar import polar_factor
 from isthmus.observe.collect import collect
 from isthmus.observe.moments import Moments
@@ -32,7 +32,7 @@ FITTING_INPUTS, HELD_INPUTS = 2000, 1000
 
 
 @dataclass(frozen=True)
-class CCA:
+class CCA(PairwiseDataMethod):
     """T = S_AA^½ U Vᵀ S_BB^-½, where U, V are the singular vectors of S_AA^-½ S_AB S_BB^-½.
 
     A ridge γ·s is added to both covariances, s the mean variance of all units of the space in both models: without it
@@ -47,32 +47,21 @@ class CCA:
         gamma: The ridge as a share of the mean variance; None chooses it on a held-out part of the data, by the loss of
             the merged model if there are targets, else by its distance from the mean of the models' class scores.
             (The paper adds an absolute number, chosen by test accuracy.)
-        at: Read activations where consumers receive them (`"post"`, as in the paper) or where they enter a
-            nonlinearity (`"pre"`).
-        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` or `"medoid"`.
 
     Source: Horoi, Orozco Camacho, Belilovsky, Wolf, "Harmony in Diversity: Merging Neural Networks with Canonical
         Correlation Analysis", ICML 2024.
     """
 
     gamma: float | None = None
-    at: str = "post"
-    reference: str = "first"
 
     name: ClassVar[str] = "cca"
     exact: ClassVar[bool] = False
-
-    @property
-    def needs(self) -> str:
-        """Batches; with targets if the reference is the best model."""
-        return "labels" if self.reference == "best" else "data"
+    joint: ClassVar[bool] = True  # one ridge is chosen for all models together
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.gamma is not None and not (math.isfinite(self.gamma) and self.gamma >= 0):
             raise InputError(f"gamma={self.gamma}: give 0 or more, or leave it out to have it chosen")
-        if self.at not in ("post", "pre"):
-            raise InputError(f"at={self.at!r}: activations are read at 'post' or 'pre'")
-        check_reference(self.reference)
 
     def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the summed canonical correlations.
@@ -83,19 +72,22 @@ class CCA:
             SymmetryError: A space can be read nowhere in the graph.
         """
         if not len(problem.symmetry) or len(problem.models) == 1:
-            return all_to_one(problem, self.name, lambda fixed, moved: Pair({}, 0.0))
+            return super().__call__(problem)
         if self.gamma is not None:
-            return self._align(problem, problem.moments(self.at), self.gamma)
+            return self._align_all(problem, problem.moments(self.at))
         fitting, held = split_batches(problem.data, HELD_OUT)
         moments = collect(problem.models, problem.symmetry, fitting, at=self.at)
         judge, criterion = judge_by(problem, _first_inputs(fitting, FITTING_INPUTS), _first_inputs(held, HELD_INPUTS))
-        scores = {gamma: judge(self._align(problem, moments, gamma)) for gamma in progress(GRID, "choosing the ridge")}
+        scores = {
+            gamma: judge(replace(self, gamma=gamma)._align_all(problem, moments))
+            for gamma in progress(GRID, "choosing the ridge")
+        }
         finite = {gamma: score for gamma, score in scores.items() if math.isfinite(score)}
         if not finite:
             raise DataError("no ridge gave a merged model with finite outputs: give gamma=, or more data")
         chosen = min(finite, key=lambda gamma: finite[gamma])
         every = moments.joined(collect(problem.models, problem.symmetry, held, at=self.at))
-        found = self._align(problem, every, chosen)
+        found = replace(self, gamma=chosen)._align_all(problem, every)
         details = {
             "gamma": chosen,
             "criterion": criterion,
@@ -103,13 +95,31 @@ class CCA:
         }
         return replace(found, details=dict(found.details) | details)
 
-    def _align(self, problem: MatchingProblem, moments: Moments, gamma: float) -> Alignment:
-        """The alignment with one ridge."""
-        if gamma == 0:
+    def match_pair(self, problem: MatchingProblem, fixed: int, moved: int, moments: Moments | None = None) -> Pair:
+        """The maps of one ridge; the objective is the summed canonical correlations.
+
+        Args:
+            problem: The models and the data.
+            fixed: Number of the model whose frame is kept.
+            moved: Number of the model that is moved into it.
+            moments: Of the activations; read from the data where they are left out.
+
+        Raises:
+            DataError: No data; or, without a ridge, fewer samples than units.
+            InputError: The ridge is yet to be chosen.
+            SymmetryError: A space can be read nowhere in the graph.
+        """
+        if self.gamma is None:
+            raise InputError("gamma=None: the ridge is chosen for all models together; give gamma= to match one pair")
+        moments = moments or problem.moments(self.at)
+        if self.gamma == 0:
             _check_samples(moments)
-        solve = partial(_canonical_map, gamma=gamma)
-        found = all_to_one(problem, self.name, partial(map_spaces, problem, moments, solve=solve), self.reference)
-        return replace(found, details=dict(found.details) | {"gamma": gamma})
+        return map_spaces(problem, moments, fixed, moved, partial(_canonical_map, gamma=self.gamma))
+
+    def _align_all(self, problem: MatchingProblem, moments: Moments) -> Alignment:
+        """The alignment with this ridge, by moments that were read."""
+        found = all_to_one(problem, self.name, partial(self.match_pair, problem, moments=moments), self.reference)
+        return replace(found, details=dict(found.details) | {"gamma": self.gamma})
 
 
 def _canonical_map(

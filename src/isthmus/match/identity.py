@@ -3,21 +3,16 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from isthmus.match.base import MatchingProblem, identity_transforms
+from isthmus.match.base import Match, MatchingProblem, identity_transforms
 from isthmus.symmetry.alignment import Alignment
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Match):
     """Leaves every model as it is: the naive average, which all methods are measured against."""
 
     name: ClassVar[str] = "identity"
     exact: ClassVar[bool] = True
-
-    @property
-    def needs(self) -> str:
-        """Nothing but the weights."""
-        return ""
 
     def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment that moves nothing."""

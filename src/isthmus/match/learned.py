@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from isthmus.errors import InputError
 from isthmus.match.assignment import solve_laps
-from isthmus.match.base import MatchingProblem, identity_transforms
+from isthmus.match.base import MatchingProblem
 from isthmus.match.coordinate_ascent import best_of_starts
 from isthmus.match.gradient_search import (
     TaskLoss,
@@ -24,7 +25,7 @@ from isthmus.match.gradient_search import (
     move_softly,
     search,
 )
-from isthmus.match.pairwise import Pair, all_to_one, check_reference
+from isthmus.match.pairwise import Pair, PairwiseMethod, all_to_one
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.state import State
 from isthmus.symmetry.alignment import Alignment
@@ -38,7 +39,7 @@ LAMBDAS = (0.4, 0.6)
 
 
 @dataclass(frozen=True)
-class Learned:
+class Learned(PairwiseMethod):
     """Latent matrices follow the gradient of the task loss at (1 − λ) A + λ T(B), λ ~ U(0.4, 0.6), by Adam.
 
     All spaces start at weight matching's permutations P. What T is depends on the group. `"permutation"`: the
@@ -62,7 +63,6 @@ class Learned:
         steps: Steps of Adam.
         budget: Multiplies the number of steps.
         batch: Samples a gradient is taken on, at most; larger batches of the data are split.
-        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` or `"medoid"`.
 
     Source: generalized linear mode connectivity for Transformers, NeurIPS 2025; only a summary of it could be read:
         the start, the groups and the range of λ are the paper's. The latents' start, the Cayley transform,
@@ -75,10 +75,10 @@ class Learned:
     steps: int = 60
     budget: float = 1.0
     batch: int = 100
-    reference: str = "first"
 
     name: ClassVar[str] = "learned"
     exact: ClassVar[bool] = True  # of the default group
+    by_gradient: ClassVar[bool] = True
 
     @property
     def folds(self) -> bool:
@@ -91,10 +91,15 @@ class Learned:
         return "labels"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.group not in LEARNING_RATES:
             raise InputError(f"group={self.group!r}: use one of {', '.join(LEARNING_RATES)}")
         check_search(1.0 if self.learning_rate is None else self.learning_rate, self.steps, self.budget, self.batch)
-        check_reference(self.reference)
+
+    @classmethod
+    def brief(cls) -> "Learned":
+        """Few steps, each wide enough to try other permutations."""
+        return cls(steps=10, learning_rate=0.05)
 
     def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the negative loss of the kept maps, summed over pairs.
@@ -103,17 +108,24 @@ class Learned:
             DataError: No labelled data, or a single batch, so that none can be held out.
             ModelError: The outputs are no class scores for the targets.
         """
-        alone = len(problem.models) < 2 or not len(problem.symmetry)
-        task = None if alone else TaskLoss(problem, self.batch)
+        if len(problem.models) < 2 or not len(problem.symmetry):
+            return super().__call__(problem)
+        task = TaskLoss(problem, self.batch)  # for all pairs: the data is read once
+        return all_to_one(problem, self.name, partial(self.match_pair, problem, task=task), self.reference)
 
-        def match_pair(fixed: int, moved: int) -> Pair:
-            if task is None:
-                return Pair(identity_transforms(problem.symmetry))
-            return self.match(problem, task, task.states[fixed], task.states[moved])
+    def match_pair(self, problem: MatchingProblem, fixed: int, moved: int, task: TaskLoss | None = None) -> Pair:
+        """The maps with the lowest loss; the objective is the negative of it.
 
-        return all_to_one(problem, self.name, match_pair, self.reference)
+        Args:
+            problem: The models and the data.
+            fixed: Number of the model whose frame is kept.
+            moved: Number of the model that is moved into it.
+            task: The task loss; read from the data if left out.
+        """
+        task = task or TaskLoss(problem, self.batch)
+        return self._follow(problem, task, task.states[fixed], task.states[moved])
 
-    def match(self, problem: MatchingProblem, task: TaskLoss, fixed: State, moved: State) -> Pair:
+    def _follow(self, problem: MatchingProblem, task: TaskLoss, fixed: State, moved: State) -> Pair:
         """The maps that move the second state into the frame of the first."""
         symmetry, names = problem.symmetry, problem.parameters
         start, _, _ = best_of_starts(WeightObjective(symmetry, fixed, moved, names), 3, 100, problem.seed)

@@ -10,15 +10,13 @@ from jaxtyping import Float
 from isthmus.errors import InputError
 from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.nested import family_of, solve_family
-from isthmus.match.pairwise import Pair, all_to_one, check_reference
+from isthmus.match.pairwise import Pair, PairwiseDataMethod
 from isthmus.match.weight_objective import WeightObjective
-from isthmus.observe.moments import Moments
-from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.transform import Permutation
 
 
 @dataclass(frozen=True)
-class MuDSC:
+class MuDSC(PairwiseDataMethod):
     """Maximises, space by space, alpha · activation similarity + (1 − alpha) · weight similarity, each standardised.
 
     Activation similarity is the correlation of two units; weight similarity the inner product of their weights, with
@@ -27,8 +25,6 @@ class MuDSC:
 
     Attributes:
         alpha: Share of the activations, from 0 to 1.
-        at: Read activations where consumers receive them (`"post"`) or where they enter a nonlinearity (`"pre"`).
-        reference: Three and more models: which one all others are matched to, `"first"`, `"best"` or `"medoid"`.
         max_sweeps: Sweeps before it is given up as not converged; the mixed similarity is no single objective, and a
             cycle is possible.
 
@@ -37,44 +33,26 @@ class MuDSC:
     """
 
     alpha: float = 0.5
-    at: str = "post"
-    reference: str = "first"
     max_sweeps: int = 50
 
     name: ClassVar[str] = "mudsc"
     exact: ClassVar[bool] = True
 
-    @property
-    def needs(self) -> str:
-        """Batches; with targets if the reference is the best model."""
-        return "labels" if self.reference == "best" else "data"
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (math.isfinite(self.alpha) and 0 <= self.alpha <= 1):
             raise InputError(f"alpha={self.alpha}: give a share from 0 (weights) to 1 (activations)")
-        if self.at not in ("post", "pre"):
-            raise InputError(f"at={self.at!r}: activations are read at 'post' or 'pre'")
         if self.max_sweeps < 1:
             raise InputError(f"max_sweeps={self.max_sweeps}: give at least 1")
-        check_reference(self.reference)
 
-    def __call__(self, problem: MatchingProblem) -> Alignment:
-        """The alignment; its objective is the inner product of the moved weights.
+    def match_pair(self, problem: MatchingProblem, fixed: int, moved: int) -> Pair:
+        """The permutations that the sweeps end at; the objective is the inner product of the moved weights.
 
         Raises:
             DataError: No data, or data that cannot be read.
             SymmetryError: A space can be read nowhere in the graph.
         """
-
-        def match_pair(fixed: int, moved: int) -> Pair:
-            if not len(problem.symmetry):
-                return Pair({}, 0.0)
-            return self._sweep(problem, problem.moments(self.at), fixed, moved)
-
-        return all_to_one(problem, self.name, match_pair, self.reference)
-
-    def _sweep(self, problem: MatchingProblem, moments: Moments, fixed: int, moved: int) -> Pair:
-        symmetry = problem.symmetry
+        symmetry, moments = problem.symmetry, problem.moments(self.at)
         objective = WeightObjective(symmetry, problem.states[fixed], problem.states[moved], problem.parameters)
         transforms = identity_transforms(symmetry)
         roots = objective.families()

@@ -1,9 +1,9 @@
 """Orthogonal weight matching: weight matching in which every space undergoes what its group allows."""
 
 import copy
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from isthmus.errors import InputError
 from isthmus.match.assignment import assignment_value, solve_lap, solve_laps
 from isthmus.match.base import MatchingProblem, identity_transforms
-from isthmus.match.coordinate_ascent import ascend, best_of_starts
+from isthmus.match.coordinate_ascent import best_of_starts, coordinate_ascent, match_by_weights, seed_of_pair
 from isthmus.match.nested import Similarity, as_blocks, assignment_values, family_of, roots_of
-from isthmus.match.pairwise import Pair, all_to_one, check_reference
-from isthmus.match.weight_matching import WeightMatching
+from isthmus.match.pairwise import Pair, PairwiseMethod, all_to_one
 from isthmus.match.weight_objective import WeightObjective, site_rows
 from isthmus.state import State
 from isthmus.symmetry.alignment import Alignment
@@ -37,8 +36,8 @@ STARTS = ("weights", "activations")
 
 
 @dataclass(frozen=True)
-class OrthogonalMatching:
-    """Maximises Σ_W ⟨W^A, T(W^B)⟩ by coordinate descent, each space's map taken from the group that it allows.
+class OrthogonalMatching(PairwiseMethod):
+    """Maximises Σ_W ⟨W^A, T(W^B)⟩ by coordinate ascent, each space's map taken from the group that it allows.
 
     A space that allows permutations only is an assignment problem, as in weight matching; rotations are Procrustes'
     problem, U Vᵀ of the similarity's singular value decomposition; rotations that keep the ones vector the same in the
@@ -58,7 +57,6 @@ class OrthogonalMatching:
         restarts: How many starts weight matching tries.
         max_sweeps: Sweeps over all spaces before a start is given up as not converged; 0 stays at the activations'
             maps.
-        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` or `"medoid"`.
         invertible: Whether to balance the bases of spaces that allow invertible maps, for which all models move.
 
     Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin, ICLR 2023, for the descent; Schönemann, Psychometrika 1966, for
@@ -69,21 +67,19 @@ class OrthogonalMatching:
     start: str = "weights"
     restarts: int = 3
     max_sweeps: int = 100
-    reference: str = "first"
     invertible: bool = False
 
     name: ClassVar[str] = "orthogonal_matching"
     exact: ClassVar[bool] = False
+    joint: ClassVar[bool] = True  # where all spaces are permuted, it is weight matching
 
     @property
     def needs(self) -> str:
         """Nothing but the weights; batches for a start at activations; labels if the reference is the best model."""
-        if self.reference == "best":
-            return "labels"
-        return "data" if self.start == "activations" else ""
+        return super().needs or ("data" if self.start == "activations" else "")
 
     def __post_init__(self) -> None:
-        check_reference(self.reference)
+        super().__post_init__()
         if self.start not in STARTS:
             raise InputError(f"start={self.start!r}: use 'weights' or 'activations'")
         if self.restarts < 1 or self.max_sweeps < (0 if self.start == "activations" else 1):
@@ -99,45 +95,46 @@ class OrthogonalMatching:
             DataError: A start at activations without data, or with data that cannot be read.
             SymmetryError: A start at activations, and a space that can be read nowhere.
         """
-        symmetry, start = problem.symmetry, time.perf_counter()
+        symmetry = problem.symmetry
         if self.start == "weights" and all(space.group is Group.PERMUTATION for space in symmetry):
             many = "merge_many" if self.reference == "first" else "all_to_one"
-            method = WeightMatching(self.restarts, many, self.max_sweeps, self.reference)
-            return replace(method(problem), method=self.name)
-        balanced = self.invertible and any(space.group is Group.INVERTIBLE for space in symmetry)
-        states: list[State] = problem.states
-        bases: list[Transforms] = []
-        if balanced:
-            bases = [_balancing(state, symmetry, problem.parameters) for state in states]
-            states = [move_state(state, basis, symmetry) for state, basis in zip(states, bases, strict=True)]
-        names = problem.parameters - _gains_of(symmetry)
-        read = problem
-        if balanced and self.start == "activations":
-            pairs = zip(problem.models, states, strict=True)
-            read = MatchingProblem(
-                [_holding(model, state) for model, state in pairs], symmetry, problem.data, problem.seed
-            )
+            found = match_by_weights(problem, self.restarts, self.max_sweeps, many, self.reference)
+            return replace(found, method=self.name)
+        if not self.invertible or all(space.group is not Group.INVERTIBLE for space in symmetry):
+            return super().__call__(problem)
+        states, parameters = problem.states, problem.parameters
+        bases: list[Transforms] = [_balancing(state, symmetry, parameters) for state in states]
+        models = [
+            _holding(model, move_state(state, basis, symmetry))
+            for model, state, basis in zip(problem.models, states, bases, strict=True)
+        ]
+        balanced = MatchingProblem(models, symmetry, problem.data, problem.seed)
+        found = all_to_one(problem, self.name, partial(self.match_pair, balanced), self.reference)
+        moves = zip(found.transforms, bases, strict=True)
+        return replace(found, transforms=tuple(compose(match, basis, symmetry) for match, basis in moves))
 
-        def match_pair(fixed: int, moved: int) -> Pair:
-            objective = WeightObjective(symmetry, states[fixed], states[moved], names, torch.float64)
-            seed = problem.seed + (moved - 1 if moved > fixed else moved)  # its own for each model that moves
-            if self.start == "weights":
-                return self._match(objective, seed)
-            begin = _activation_start(read, fixed, moved)
-            # Each space's map from activations is the best of its group: without sweeps nothing is left to be done.
-            transforms, converged = begin, True
-            if self.max_sweeps:
-                transforms, converged = ascend(
-                    objective, begin, self.max_sweeps, np.random.default_rng(seed), _improve_family
-                )
-            starts = {"starts": [objective.value(transforms)], "activations": objective.value(begin)}
-            return Pair(transforms, objective.value(transforms), converged=converged, details=starts)
+    def match_pair(self, problem: MatchingProblem, fixed: int, moved: int) -> Pair:
+        """The maps of one model; the objective is the inner product of the moved weights.
 
-        found = all_to_one(problem, self.name, match_pair, self.reference)
-        if balanced:
-            moves = zip(found.transforms, bases, strict=True)
-            found = replace(found, transforms=tuple(compose(match, basis, symmetry) for match, basis in moves))
-        return replace(found, seconds=time.perf_counter() - start)
+        Raises:
+            DataError: A start at activations without data, or with data that cannot be read.
+            SymmetryError: A start at activations, and a space that can be read nowhere.
+        """
+        names = problem.parameters - _gains_of(problem.symmetry)
+        objective = WeightObjective(
+            problem.symmetry, problem.states[fixed], problem.states[moved], names, torch.float64
+        )
+        seed = seed_of_pair(problem, fixed, moved)
+        if self.start == "weights":
+            return self._match(objective, seed)
+        begin = _activation_start(problem, fixed, moved)
+        # Each space's map from activations is the best of its group: without sweeps nothing is left to be done.
+        transforms, converged = begin, True
+        if self.max_sweeps:
+            rng = np.random.default_rng(seed)
+            transforms, converged = coordinate_ascent(objective, begin, self.max_sweeps, rng, _improve_family)
+        starts = {"starts": [objective.value(transforms)], "activations": objective.value(begin)}
+        return Pair(transforms, objective.value(transforms), converged=converged, details=starts)
 
     def _match(self, objective: WeightObjective, seed: int) -> Pair:
         """The maps that move the objective's moved model onto the fixed one."""
@@ -145,7 +142,7 @@ class OrthogonalMatching:
         ends: list[tuple[float, dict[str, Transform], bool]] = []
         for number, begin in enumerate((permutations, _forward_start(objective))):
             rng = np.random.default_rng([seed, self.restarts + number])
-            transforms, converged = ascend(objective, begin, self.max_sweeps, rng, _improve_family)
+            transforms, converged = coordinate_ascent(objective, begin, self.max_sweeps, rng, _improve_family)
             ends.append((objective.value(transforms), transforms, converged))
         value, transforms, converged = max(ends, key=lambda end: end[0])
         details: dict[str, Any] = {"permutations": max(values), "starts": [end[0] for end in ends]}

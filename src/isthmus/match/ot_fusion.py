@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from isthmus.match.assignment import solve_lap
 from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import improve_family
 from isthmus.match.nested import family_of, roots_of, solve_family
-from isthmus.match.pairwise import Pair, all_to_one, check_reference
+from isthmus.match.pairwise import Pair, PairwiseDataMethod
 from isthmus.match.weight_objective import WeightObjective, site_rows
 from isthmus.state import State
 from isthmus.symmetry.alignment import Alignment
@@ -33,7 +33,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class OTFusion:
+class OTFusion(PairwiseDataMethod):
     """Moves every model's units onto the reference's by the cheapest transport between them.
 
     The units of a space are two uniform distributions of mass one; T is the plan that moves one onto the other at the
@@ -52,10 +52,9 @@ class OTFusion:
         by: `"activations"` or `"weights"`.
         coupling: `"hard"`, the exact plan (EMD), or `"soft"`, the entropic one (Sinkhorn).
         regularisation: Strength of the entropy as a share of the mean cost; for `"soft"`.
-        at: Where activations are read: `"post"`, as consumers receive them, or `"pre"`.
         passes: By weights: how often all spaces are treated.
-        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` (the lowest loss on
-            the data, which needs labels) or `"medoid"` (the smallest summed cost); models of several widths: `"first"`.
+        reference: As of every pairwise method, the medoid being the model with the smallest summed cost; models of several widths
+            are moved to the first.
 
     Source: Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, Algorithm 1. The paper's consumers read
         T diag(1/μ) as this project reads the text, which for equal widths is the same; for others it would scale what
@@ -66,9 +65,7 @@ class OTFusion:
     by: str = "activations"
     coupling: str = "hard"
     regularisation: float = 0.01
-    at: str = "post"
     passes: int = 2
-    reference: str = "first"
 
     name: ClassVar[str] = "ot_fusion"
     exact: ClassVar[bool] = False
@@ -77,22 +74,18 @@ class OTFusion:
     @property
     def needs(self) -> str:
         """Nothing but the weights, or batches; with targets if the reference is the best model."""
-        if self.reference == "best":
-            return "labels"
-        return "data" if self.by == "activations" else ""
+        return super().needs if self.by == "activations" or self.reference == "best" else ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.by not in ("activations", "weights"):
             raise InputError(f"by={self.by!r}: use 'activations' or 'weights'")
         if self.coupling not in ("hard", "soft"):
             raise InputError(f"coupling={self.coupling!r}: use 'hard' or 'soft'")
         if not (math.isfinite(self.regularisation) and self.regularisation > 0):
             raise InputError(f"regularisation={self.regularisation}: give a positive number, such as 0.01")
-        if self.at not in ("post", "pre"):
-            raise InputError(f"at={self.at!r}: activations are read at 'post' or 'pre'")
         if self.passes < 1:
             raise InputError(f"passes={self.passes}: give at least 1")
-        check_reference(self.reference)
 
     def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment of every model to the reference; its objective is the negative cost of transport.
@@ -106,9 +99,11 @@ class OTFusion:
         """
         if problem.symmetries and self.reference != "first":
             raise InputError(f"reference={self.reference!r}: models of several widths are moved to the first")
-        match_pair = self._by_activations if self.by == "activations" else self._by_weights
-        found = all_to_one(problem, self.name, lambda a, b: match_pair(problem, a, b), self.reference)
-        return Alignment(**{**vars(found), "symmetries": tuple(problem.symmetries)})
+        return replace(super().__call__(problem), symmetries=tuple(problem.symmetries))
+
+    def match_pair(self, problem: MatchingProblem, fixed: int, moved: int) -> Pair:
+        """The plans of all spaces; the objective is the negative cost of transport."""
+        return (self._by_activations if self.by == "activations" else self._by_weights)(problem, fixed, moved)
 
     def _by_activations(self, problem: MatchingProblem, fixed: int, moved: int) -> Pair:
         symmetry = problem.symmetry

@@ -1,18 +1,19 @@
-"""Three and more models by a method for two: all to one reference."""
+"""Methods that match two models at a time, and three and more by it: all to one reference."""
 
-import time
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 from isthmus.errors import InputError
-from isthmus.match.base import MatchingProblem, identity_transforms
+from isthmus.match.base import Match, MatchingProblem, identity_transforms
 from isthmus.observe.score import evaluate
 from isthmus.progress import progress
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.transform import Transforms
 
 REFERENCES = ("first", "best", "medoid")
+PLACES = ("post", "pre")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class Pair:
     objective: float | None = None
     upper_bound: float | None = None
     converged: bool = True
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
 
 
 def check_reference(reference: str) -> None:
@@ -42,6 +43,16 @@ def check_reference(reference: str) -> None:
     """
     if reference not in REFERENCES:
         raise InputError(f"reference={reference!r}: use one of {', '.join(REFERENCES)}")
+
+
+def check_place(at: str) -> None:
+    """Refuses an unknown place to read activations at.
+
+    Raises:
+        InputError: It is none of `PLACES`.
+    """
+    if at not in PLACES:
+        raise InputError(f"at={at!r}: activations are read at 'post' or 'pre'")
 
 
 def all_to_one(
@@ -61,7 +72,6 @@ def all_to_one(
         InputError: An unknown reference.
     """
     check_reference(reference)
-    start = time.perf_counter()
     count = len(problem.models)
     centre, found = 0, {}
     if reference == "best" and count > 1:
@@ -93,6 +103,63 @@ def all_to_one(
         objective=sum(objectives, 0.0) if len(objectives) == len(pairs) else None,
         upper_bound=sum(bounds, 0.0) if len(bounds) == len(pairs) else None,
         converged=all(pair.converged for pair in pairs),
-        seconds=time.perf_counter() - start,
         details={"reference": centre, "pairs": [dict(pair.details) for pair in pairs]},
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairwiseMethod(Match):
+    """A method that matches two models at a time; of three and more, all to one reference.
+
+    It should be the case that `match_pair` of a model and itself is the identity on all units that can be told apart,
+    and that it draws random numbers from generators seeded with `problem.seed` alone.
+
+    Attributes:
+        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` (the lowest loss on
+            the data, which needs labels) or `"medoid"` (the largest summed objective with all others, which matches all
+            pairs).
+    """
+
+    reference: str = "first"
+
+    @property
+    def needs(self) -> str:
+        """Nothing but the weights; batches with targets if the reference is the best model."""
+        return "labels" if self.reference == "best" else ""
+
+    def __post_init__(self) -> None:
+        check_reference(self.reference)
+
+    @abstractmethod
+    def match_pair(self, problem: MatchingProblem, fixed: int, moved: int) -> Pair:
+        """What moves one model (its number) into the frame of another; there is a space in which something moves."""
+
+    def __call__(self, problem: MatchingProblem) -> Alignment:
+        """The alignment of every model to the reference; objectives and bounds are summed over the pairs.
+
+        Raises:
+            IsthmusError: What `match_pair` raises; labels are missing for the reference; data cannot be read.
+        """
+        if not len(problem.symmetry):
+            return all_to_one(problem, self.name, lambda fixed, moved: Pair({}, 0.0))
+        return all_to_one(problem, self.name, partial(self.match_pair, problem), self.reference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairwiseDataMethod(PairwiseMethod):
+    """A pairwise method that reads activations: `problem.moments(self.at)`.
+
+    Attributes:
+        at: Read activations where consumers receive them (`"post"`) or where they enter a nonlinearity (`"pre"`).
+    """
+
+    at: str = "post"
+
+    @property
+    def needs(self) -> str:
+        """Batches; with targets if the reference is the best model."""
+        return super().needs or "data"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_place(self.at)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from isthmus.match.gradient_search import (
     search,
     working_states,
 )
-from isthmus.match.pairwise import Pair, all_to_one, check_reference
+from isthmus.match.pairwise import Pair, PairwiseMethod, all_to_one
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.state import State
 from isthmus.symmetry.alignment import Alignment
@@ -37,7 +38,7 @@ LAMBDAS = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class Sinkhorn:
+class Sinkhorn(PairwiseMethod):
     """P = Sinkhorn(X/τ): free matrices X, made doubly stochastic, follow the gradient of a loss by Adam.
 
     Rows and columns of exp(X/τ) are normalised in turn, in log space, and the gradient goes back through all turns.
@@ -58,7 +59,6 @@ class Sinkhorn:
         budget: Multiplies the number of steps.
         batch: Samples a gradient is taken on, at most; larger batches of the data are split.
         start: Weight matching's permutations, or the models as they are (`"identity"`).
-        reference: Three and more models: which one all others are moved to, `"first"`, `"best"` or `"medoid"`.
 
     Source: Peña, Medeiros, Dubail, Aminbeidokhti, Granger, Pedersoli, Re-basin via implicit Sinkhorn differentiation,
         CVPR 2023. The paper differentiates the fixed point implicitly; here the turns are unrolled. Its values of τ, of
@@ -74,19 +74,19 @@ class Sinkhorn:
     budget: float = 1.0
     batch: int = 100
     start: str = "weight_matching"
-    reference: str = "first"
 
     name: ClassVar[str] = "sinkhorn"
     exact: ClassVar[bool] = True
+    by_gradient: ClassVar[bool] = True
 
     @property
     def needs(self) -> str:
         """Labels, unless the loss is the distance of weights and the reference needs no loss either."""
-        return "" if self.loss == "l2" and self.reference != "best" else "labels"
+        return super().needs or ("" if self.loss == "l2" else "labels")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_search(self.learning_rate, self.steps, self.budget, self.batch)
-        check_reference(self.reference)
         if self.loss not in LOSSES:
             raise InputError(f"loss={self.loss!r}: use one of {', '.join(LOSSES)}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -96,6 +96,11 @@ class Sinkhorn:
         if self.start not in STARTS:
             raise InputError(f"start={self.start!r}: use one of {', '.join(STARTS)}")
 
+    @classmethod
+    def brief(cls) -> "Sinkhorn":
+        """Few steps, each wide enough to try other permutations."""
+        return cls(steps=10, learning_rate=0.2)
+
     def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the negative loss of the kept permutations, summed over pairs.
 
@@ -103,18 +108,26 @@ class Sinkhorn:
             DataError: A task loss without labelled data, or a single batch, so that none can be held out.
             ModelError: The outputs are no class scores for the targets.
         """
-        alone = len(problem.models) < 2 or not len(problem.symmetry)
-        task = None if alone or self.loss == "l2" else TaskLoss(problem, self.batch)
+        if self.loss == "l2" or len(problem.models) < 2 or not len(problem.symmetry):
+            return super().__call__(problem)
+        task = TaskLoss(problem, self.batch)  # for all pairs: the data is read once
+        return all_to_one(problem, self.name, partial(self.match_pair, problem, task=task), self.reference)
+
+    def match_pair(self, problem: MatchingProblem, fixed: int, moved: int, task: TaskLoss | None = None) -> Pair:
+        """The permutations with the lowest loss; the objective is the negative of it.
+
+        Args:
+            problem: The models and the data.
+            fixed: Number of the model whose frame is kept.
+            moved: Number of the model that is moved into it.
+            task: The task loss, where that is the loss; read from the data if left out.
+        """
+        if self.loss != "l2" and task is None:
+            task = TaskLoss(problem, self.batch)
         states = working_states(problem) if task is None else task.states
+        return self._follow(problem, states[fixed], states[moved], task)
 
-        def match_pair(fixed: int, moved: int) -> Pair:
-            if alone:
-                return Pair(identity_transforms(problem.symmetry))
-            return self.match(problem, states[fixed], states[moved], task)
-
-        return all_to_one(problem, self.name, match_pair, self.reference)
-
-    def match(self, problem: MatchingProblem, fixed: State, moved: State, task: TaskLoss | None) -> Pair:
+    def _follow(self, problem: MatchingProblem, fixed: State, moved: State, task: TaskLoss | None) -> Pair:
         """The permutations that move the second state into the frame of the first."""
         symmetry, names = problem.symmetry, problem.parameters
         start = identity_transforms(symmetry)

@@ -3,9 +3,9 @@
 Suffixes: N models, U units of a space, C candidates (the units of every model and the means of matched ones).
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.errors import InputError
-from isthmus.match.activation_matching import ActivationMatching
 from isthmus.match.base import Match, MatchingProblem
-from isthmus.match.pairwise import check_reference
-from isthmus.match.weight_matching import WeightMatching
+from isthmus.match.coordinate_ascent import match_by_weights
+from isthmus.match.correlation import pair_by_activations
+from isthmus.match.pairwise import all_to_one, check_place, check_reference
 from isthmus.observe.layers import Layer, folded, layers_of
 from isthmus.observe.moments import Moments
 from isthmus.progress import progress
@@ -50,7 +50,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class SubsetSelection:
+class SubsetSelection(Match):
     """Chooses the merged units among all models' units and the means of matched units: column subset selection.
 
     The models are first matched by permutations. Then, from the output back to the input, each space's units are chosen
@@ -78,6 +78,7 @@ class SubsetSelection:
 
     name: ClassVar[str] = "subset_selection"
     exact: ClassVar[bool] = False
+    joint: ClassVar[bool] = True
 
     @property
     def needs(self) -> str:
@@ -87,8 +88,7 @@ class SubsetSelection:
     def __post_init__(self) -> None:
         if self.pairing not in ("activation_matching", "weight_matching"):
             raise InputError(f"pairing={self.pairing!r}: use 'activation_matching' or 'weight_matching'")
-        if self.at not in ("post", "pre"):
-            raise InputError(f"at={self.at!r}: activations are read at 'post' or 'pre'")
+        check_place(self.at)
         check_reference(self.reference)
 
     def __call__(self, problem: MatchingProblem) -> Alignment:
@@ -97,12 +97,8 @@ class SubsetSelection:
         Raises:
             DataError: No data, or data that cannot be read.
         """
-        start = time.perf_counter()
         symmetry = problem.symmetry
-        pairing: Match = ActivationMatching(at=self.at, reference=self.reference)
-        if self.pairing == "weight_matching":
-            pairing = WeightMatching()
-        paired = pairing(problem)
+        paired = self._pair(problem)
         chosen: dict[str, Selection] = {}
         if len(problem.models) > 1 and len(symmetry):
             chosen = _select_spaces(problem, paired, problem.moments(self.at))
@@ -120,7 +116,6 @@ class SubsetSelection:
             tuple(transforms),
             method=self.name,
             objective=sum(explained) / len(explained) if explained else 0.0,
-            seconds=time.perf_counter() - start,
             details={
                 "pairing": paired.method,
                 "spaces": {
@@ -129,6 +124,13 @@ class SubsetSelection:
                 },
             },
         )
+
+    def _pair(self, problem: MatchingProblem) -> Alignment:
+        """The permutations that the selection starts from."""
+        if self.pairing == "weight_matching":
+            return match_by_weights(problem)
+        match_pair = partial(pair_by_activations, problem, self.at, "correlation")
+        return all_to_one(problem, "activation_matching", match_pair, self.reference)
 
 
 def _select_spaces(problem: MatchingProblem, paired: Alignment, moments: Moments) -> dict[str, Selection]:

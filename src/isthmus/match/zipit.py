@@ -1,7 +1,6 @@
 """ZipIt!: units of all models are merged greedily, also with units of their own model."""
 
 import math
-import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 
 from isthmus.errors import InputError
-from isthmus.match.base import MatchingProblem, identity_transforms
+from isthmus.match.base import Match, MatchingProblem, identity_transforms
 from isthmus.match.nested import family_of, paired_value, roots_of, solve_family
+from isthmus.match.pairwise import check_place
 from isthmus.observe.moments import Moments, SpaceMoments
 from isthmus.progress import progress
 from isthmus.symmetry.alignment import Alignment
@@ -39,7 +39,7 @@ class Zip:
 
 
 @dataclass(frozen=True)
-class ZipIt:
+class ZipIt(Match):
     """Merges the most correlated pair of all models' units, again and again, until a space has its old size.
 
     A group is as similar to another as the least correlated of their units (the minimum), times `decay` for each
@@ -71,6 +71,7 @@ class ZipIt:
 
     name: ClassVar[str] = "zipit"
     exact: ClassVar[bool] = False
+    joint: ClassVar[bool] = True
 
     @property
     def needs(self) -> str:
@@ -78,8 +79,7 @@ class ZipIt:
         return "data"
 
     def __post_init__(self) -> None:
-        if self.at not in ("post", "pre"):
-            raise InputError(f"at={self.at!r}: activations are read at 'post' or 'pre'")
+        check_place(self.at)
         for option in ("budget_within", "decay"):
             value = getattr(self, option)
             if not (math.isfinite(value) and 0 <= value <= 1):
@@ -92,7 +92,6 @@ class ZipIt:
             DataError: No data, or data that cannot be read.
             SymmetryError: A space can be read nowhere in the graph.
         """
-        start = time.perf_counter()
         symmetry, models = problem.symmetry, len(problem.models)
         transforms: list[dict[str, Transform]] = [identity_transforms(symmetry) for _ in range(models)]
         value, within, samples = 0.0, {}, 0
@@ -114,7 +113,6 @@ class ZipIt:
             tuple(transforms),
             method=self.name,
             objective=value,
-            seconds=time.perf_counter() - start,
             details={"samples": samples, "within": within},
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import DataError, InputError, SymmetryError
 from isthmus.match import METHODS
-from isthmus.match.base import Match, MatchingProblem, folds
+from isthmus.match.base import Match, MatchingProblem, match_timed
 from isthmus.match.nested import family_of, roots_of
 from isthmus.merging.fold import fold_norm_gains
 from isthmus.merging.merge import variances_met
@@ -67,9 +67,9 @@ def partial_zip(
     shared = shared_tensors(symmetries, names)
     cuts = cut_all(symmetries, shared)
     trunks = [restrict(symmetry, names, shared, cut) for symmetry, cut in zip(symmetries, cuts, strict=True)]
-    if folds(configured) and any(has_diagonal_sites(trunk) for trunk in trunks):
+    if configured.folds and any(has_diagonal_sites(trunk) for trunk in trunks):
         modules = [fold_norm_gains(model, symmetry) for model, symmetry in zip(modules, symmetries, strict=True)]
-    alignment = configured(MatchingProblem(modules, trunks[0], data, seed, trunks))
+    alignment = match_timed(configured, MatchingProblem(modules, trunks[0], data, seed, trunks))
     merged, undefined = _merge_trunk(modules, trunks, alignment)
     parts = [
         Part(symmetry.traced.program, cut, symmetry.traced.batch_norms, _read_back(symmetry, cut, trunk, transforms))

@@ -19,7 +19,7 @@ from isthmus.explain.spectrum import Spectra, measure_spectra
 from isthmus.explain.taylor import taylor_barrier
 from isthmus.explain.units import MERGED, NAIVE, UnitFates, measure_units
 from isthmus.match import align
-from isthmus.match.straight_through import StraightThrough
+from isthmus.match.ste import STE
 from isthmus.measure.connect import connect
 from isthmus.merging.merge import merge
 from isthmus.merging.repair import repair_as_asked
@@ -224,7 +224,7 @@ def _judge(run: FinishedRun, spectra: Spectra, scored: Batches) -> dict[str, Any
     models, recipe = run.inputs.models, run.recipe
     ways: dict[str, Any] = {"weight_matching": "weight_matching", "activation_matching": "activation_matching"}
     if is_labelled(calibration):
-        ways["ste"] = StraightThrough(start="identity")
+        ways["ste"] = STE(start="identity")
     fitting = calibration if len(calibration) > 1 else calibration.halved()  # ste holds a batch out
     alignments = {"naive": align(models, run.symmetry, "identity")}
     for name, way in progress(list(ways.items()), "matching in other ways"):

@@ -192,7 +192,7 @@ class Walk:
             self.permutations[m] = self.project(free, self.networks[m + 1], self.permutations[m], self.rng)
 
 
-def straight_through(
+def ste(
     networks: Sequence[Layers],
     starts: Sequence[Permutations],
     batches: Sequence[Sample],

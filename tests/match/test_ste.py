@@ -15,15 +15,15 @@ from isthmus.errors import DataError, InputError
 from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import _random_start
 from isthmus.match.gradient_search import TaskLoss
-from isthmus.match.straight_through import StraightThrough, Walk
+from isthmus.match.ste import STE, Walk
 from isthmus.match.weight_matching import WeightMatching
 from isthmus.symmetry import Permutation
 from isthmus.symmetry.transform import invert
-from oracles import straight_through as oracle
+from oracles import ste as oracle
 
 SMALL = "mlp?in_features=64&width=12&depth=2"
 TINY = "mlp?in_features=64&width=4&depth=2"
-WIDE = StraightThrough(steps=5, learning_rate=0.05, batch=50)  # steps wide enough to try other permutations
+WIDE = STE(steps=5, learning_rate=0.05, batch=50)  # steps wide enough to try other permutations
 NESTED = ("Attention", "GroupNorm", "GroupedConv", "GroupedQueries", "TiedEmbedding", "RecurrentCell")
 
 
@@ -105,7 +105,7 @@ def test_it_keeps_the_best_by_the_transcriptions_held_out_loss(count):
     matched = isthmus.align(models, sym, WeightMatching(many="all_to_one"), seed=1)
     task = TaskLoss(problem, 50)
     held = [oracle.as_sample(*batch) for batch in data_of(SMALL)[3:]]
-    best, losses = oracle.straight_through(
+    best, losses = oracle.ste(
         [oracle.layers_of(model) for model in models],
         [rows_of(t) for t in matched.transforms[1:]],
         samples_in(task, 1, 5),
@@ -155,7 +155,7 @@ NAMES = ("hidden.0", "hidden.1", "head")
 )
 def test_on_held_out_batches_it_is_never_worse_than_its_start(spec, start):
     models, data = [trained(spec, seed) for seed in range(2)], data_of(spec)
-    method = StraightThrough(steps=5, learning_rate=0.02, start=start)
+    method = STE(steps=5, learning_rate=0.02, start=start)
     found = isthmus.align(models, symmetry(spec), method, data=data)
     begun = isthmus.align(models, symmetry(spec), start)
     # float32 twice: the moved weights are averaged, and the same operations run on them
@@ -190,7 +190,7 @@ def test_a_planted_permutation_stays_recovered(spec):
     generator = torch.Generator().manual_seed(0)
     for parameter in noisy.parameters():
         parameter.data += 1e-3 * torch.randn(parameter.shape, generator=generator)
-    found = isthmus.align([model, noisy], symmetry(spec), StraightThrough(steps=5), data=data_of(spec))
+    found = isthmus.align([model, noisy], symmetry(spec), STE(steps=5), data=data_of(spec))
     undone = invert(transforms, symmetry(spec))
     live = [space.name for space in symmetry(spec)]
     assert all(np.array_equal(found.transforms[1][name].indices, undone[name].indices) for name in live)
@@ -207,7 +207,7 @@ def test_copies_of_one_model_among_others_are_no_reason_to_stop():
 def test_nested_tied_and_repeated_places_are_moved_exactly(name):
     models, sym, data = structures(name, 3)
     models = [copy.deepcopy(model).double() for model in models]
-    method = StraightThrough(steps=4, learning_rate=0.1, start="identity")
+    method = STE(steps=4, learning_rate=0.1, start="identity")
     found, again = (isthmus.align(models, sym, method, data=data, seed=2) for _ in range(2))
     assert found.details["best"] <= found.details["start"]
     assert found.details["skipped"] == 0
@@ -224,7 +224,7 @@ def test_nested_tied_and_repeated_places_are_moved_exactly(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_half_and_double_precision(dtype):
     models = [copy.deepcopy(trained(CNN, seed)).to(dtype) for seed in range(2)]
-    found = isthmus.align(models, symmetry(CNN), StraightThrough(steps=3), data=data_of(CNN))
+    found = isthmus.align(models, symmetry(CNN), STE(steps=3), data=data_of(CNN))
     assert math.isfinite(found.objective)
     assert found.details["skipped"] == 0
     assert {t.dtype for t in isthmus.apply(found, models[1], 1).state_dict().values() if t.is_floating_point()} == {
@@ -241,9 +241,7 @@ def test_the_order_of_batches_comes_from_the_seed():
 
 def test_a_budget_multiplies_the_steps():
     models, sym = [lively(MLP, seed) for seed in range(2)], symmetry(MLP)
-    short, long = (
-        isthmus.align(models, sym, StraightThrough(steps=4, budget=budget), data=data_of(MLP)) for budget in (0.1, 1.5)
-    )
+    short, long = (isthmus.align(models, sym, STE(steps=4, budget=budget), data=data_of(MLP)) for budget in (0.1, 1.5))
     assert (short.details["steps"], long.details["steps"]) == (1, 6)
     assert len(long.details["checks"]) == 5
 
@@ -253,7 +251,7 @@ def test_a_loss_that_overflows_leaves_the_start_and_says_so():
     for model in models:
         for parameter in model.parameters():
             parameter.data *= 1e13  # four layers: 1e52 is no float32
-    found = isthmus.align(models, symmetry(MLP), StraightThrough(steps=3), data=data_of(MLP))
+    found = isthmus.align(models, symmetry(MLP), STE(steps=3), data=data_of(MLP))
     assert found.objective is None
     assert found.details["skipped"] == 3
     matched = isthmus.align(models, symmetry(MLP))
@@ -272,7 +270,7 @@ def test_labels_are_asked_for_by_name():
     with refuses(DataError, r"ste needs data: give data=, batches \(x, y\) with targets"):
         isthmus.align(models, symmetry(MLP), "ste")
     with refuses(DataError, "needs labels"):
-        StraightThrough()(MatchingProblem(models, symmetry(MLP), [x for x, _ in data_of(MLP)]))
+        STE()(MatchingProblem(models, symmetry(MLP), [x for x, _ in data_of(MLP)]))
     with refuses(DataError, "one batch cannot be split"):
         isthmus.align(models, symmetry(MLP), "ste", data=data_of(MLP)[:1])
 
@@ -289,7 +287,7 @@ def test_labels_are_asked_for_by_name():
 )
 def test_options_out_of_range_are_refused(options, told):
     with refuses(InputError, told):
-        StraightThrough(**options)
+        STE(**options)
 
 
 def test_one_model_or_nothing_to_move_takes_no_data():

@@ -1,9 +1,9 @@
-"""Straight-through estimator: permutations found by gradients of the merged network's loss."""
+"""STE, the straight-through estimator: permutations found by gradients of the merged network's loss."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import InputError
-from isthmus.match.base import MatchingProblem, identity_transforms
-from isthmus.match.coordinate_ascent import descend
+from isthmus.match.base import Match, MatchingProblem, identity_transforms
+from isthmus.match.coordinate_ascent import coordinate_ascent, pair_by_weights
 from isthmus.match.gradient_search import TaskLoss, check_search, combine, follow, gradients_of, search
-from isthmus.match.weight_matching import WeightMatching
+from isthmus.match.pairwise import all_to_one
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.transform import Transform, Transforms
@@ -25,11 +25,11 @@ STARTS = ("weight_matching", "identity")
 
 
 @dataclass(frozen=True)
-class StraightThrough:
+class STE(Match):
     """Free weights follow the gradient of the merged network's loss, which passes straight through their projection.
 
     The free weights θ start at model A. Each step projects them on the orbit of B, π = argmax ⟨θ, π(B)⟩ by the
-    coordinate descent of weight matching from the last π on; takes the gradient of the loss at (A + π(B)) / 2 with
+    coordinate ascent of weight matching from the last π on; takes the gradient of the loss at (A + π(B)) / 2 with
     respect to π(B), as if π(B) were θ; and moves θ by Adam. The π with the lowest loss on held-out batches is kept, the
     start among them. N models have free weights each, all but the first, and every step merges them with weights drawn
     uniformly from the simplex; they are judged by their mean.
@@ -58,6 +58,8 @@ class StraightThrough:
 
     name: ClassVar[str] = "ste"
     exact: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
+    by_gradient: ClassVar[bool] = True
 
     @property
     def needs(self) -> str:
@@ -69,6 +71,11 @@ class StraightThrough:
         if self.start not in STARTS:
             raise InputError(f"start={self.start!r}: use one of {', '.join(STARTS)}")
 
+    @classmethod
+    def brief(cls) -> "STE":
+        """Few steps, each wide enough to try other permutations."""
+        return cls(steps=10, learning_rate=0.03)
+
     def __call__(self, problem: MatchingProblem) -> Alignment:
         """The alignment; its objective is the negative loss of the models' mean on the held-out batches.
 
@@ -76,20 +83,18 @@ class StraightThrough:
             DataError: No labelled data, or a single batch, so that none can be held out.
             ModelError: The outputs are no class scores for the targets.
         """
-        begun = time.perf_counter()
         symmetry, count = problem.symmetry, len(problem.models)
         still = [identity_transforms(symmetry) for _ in range(count)]
         if count < 2 or not len(symmetry):
             return Alignment(symmetry, tuple(still), self.name)
         start = still
         if self.start == "weight_matching":
-            matched = WeightMatching(many="all_to_one")(problem)
+            matched = all_to_one(problem, self.name, partial(pair_by_weights, problem))
             start = [dict(each) for each in matched.transforms]
         task = TaskLoss(problem, self.batch)
         walk = Walk(problem, task, start, self.learning_rate)
         if walk.is_over:
-            seconds = time.perf_counter() - begun
-            return Alignment(symmetry, tuple(start), self.name, seconds=seconds, details={"equal": True})
+            return Alignment(symmetry, tuple(start), self.name, details={"equal": True})
 
         def judge(transforms: Sequence[Transforms]) -> float:
             moved = [task.moved(index, each) for index, each in enumerate(transforms)]
@@ -103,7 +108,6 @@ class StraightThrough:
             method=self.name,
             objective=-found.value if math.isfinite(found.value) else None,
             converged=found.converged,
-            seconds=time.perf_counter() - begun,
             details=found.details,
         )
 
@@ -158,5 +162,5 @@ class Walk:
         """The permutations of every model that bring it nearest to its free weights, from the last ones on."""
         for index, free in enumerate(self.free, start=1):
             objective = WeightObjective(self.symmetry, free, self.task.states[index], frozenset(self.names))
-            self.transforms[index], _ = descend(objective, self.transforms[index], SWEEPS, self.rng)
+            self.transforms[index], _ = coordinate_ascent(objective, self.transforms[index], SWEEPS, self.rng)
             self.moved[index] = self.task.moved(index, self.transforms[index])
