@@ -53,8 +53,8 @@ class OTFusion(PairwiseDataMethod):
         coupling: `"hard"`, the exact plan (EMD), or `"soft"`, the entropic one (Sinkhorn).
         regularisation: Strength of the entropy as a share of the mean cost; for `"soft"`.
         passes: By weights: how often all spaces are treated.
-        reference: As of every pairwise method, the medoid being the model with the smallest summed cost; models of several widths
-            are moved to the first.
+        reference: As of every pairwise method; the medoid is the model with the smallest summed cost. Models of
+            several widths are moved to the first.
 
     Source: Singh, Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020, Algorithm 1. The paper's consumers read
         T diag(1/μ) as this project reads the text, which for equal widths is the same; for others it would scale what
