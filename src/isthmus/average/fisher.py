@@ -13,7 +13,6 @@ from isthmus.data.batches import read_batches
 from isthmus.errors import InputError, ModelError
 from isthmus.observe.score import class_scores
 from isthmus.progress import progress
-from isthmus.state import first_float
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,12 @@ class Fisher:
         """The floored diagonal of one model's Fisher information, by parameter."""
         model = aligned.network(aligned.states[index]).requires_grad_(True)
         parameters = dict(model.named_parameters())
-        reference = first_float(aligned.states[index])
         total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
         generator = torch.Generator().manual_seed(aligned.seed)
         count = 0
         for batch in read_batches(aligned.data):
             for row in range(min(batch.size, self.samples - count)):
-                one = batch.mapped(lambda x, row=row: x[row : row + 1]).to(reference.device, reference.dtype).clone()
+                one = batch.mapped(lambda x, row=row: x[row : row + 1]).like(aligned.states[index]).clone()
                 with torch.enable_grad():
                     scores = class_scores(model(*one.args, **one.kwargs))
                     if scores is None:

@@ -99,8 +99,7 @@ class PLeaS:
             return merged  # one parent alone: nothing to fit
         alignment = aligned.alignment
         symmetry = symmetry_of(aligned.models[0], alignment.symmetry if alignment else None, None, aligned.data)
-        reference = first_float(merged)
-        batches = take(aligned.data, self.samples, reference)
+        batches = take(aligned.data, self.samples, merged)
         fitting = Fitting(self, aligned, symmetry, batches, alive)
         integers = {name: t for name, t in aligned.states[0].items() if name not in merged}
         fitted = fitting.run(merged | integers)

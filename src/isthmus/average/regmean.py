@@ -9,11 +9,10 @@ from torch import Tensor
 from isthmus.average.base import AveragingProblem
 from isthmus.average.mean import Mean
 from isthmus.errors import InputError
-from isthmus.graph.reader import Reader, node_shapes, program_for
+from isthmus.graph.reader import node_shapes, observe_batch, program_for
 from isthmus.observe.given import symmetry_of
 from isthmus.observe.layers import Layer, chunked_product, input_rows, layers_of, sample_positions, seen_by, take
 from isthmus.progress import progress
-from isthmus.state import first_float
 from isthmus.symmetry.symmetry import Symmetry
 
 
@@ -95,7 +94,7 @@ class RegMean:
     ) -> dict[str, list[Tensor]]:
         """One moved parent's shrunk Gram matrices, by weight and group of channels."""
         state = aligned.states[index]
-        batches = take(aligned.data, self.samples, first_float(state))
+        batches = take(aligned.data, self.samples, state)
         count = max(1, -(-self.rows // sum(batch.size for batch in batches)))
         generator = torch.Generator().manual_seed(aligned.seed)
         totals: dict[str, list[Tensor]] = {}
@@ -105,7 +104,7 @@ class RegMean:
             shapes = node_shapes(program)
             seen: dict[str, Tensor] = {}
             observers = {layer.contraction.source: seen_by(seen, layer.contraction.source) for layer in layers}
-            Reader(program, observers).read(state, batch)
+            observe_batch(program, state, batch, observers)
             for layer in layers:
                 name, shape = layer.contraction.weight, shapes[layer.contraction.node]
                 positions = sample_positions(layer, shape, count, generator)

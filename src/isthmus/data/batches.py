@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,7 +10,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from isthmus.errors import DataError
+from isthmus.state import State, first_float
 from isthmus.wording import told_by_fields
+
+# What `check_data` accepts: a Dataset, a DataLoader, or anything else that yields its batches afresh whenever it is
+# iterated over, each in a form that `as_batch` knows: `(x, y)`, `x`, a dict of tensors, or a `Batch`.
+Data: TypeAlias = Dataset[Any] | Iterable[Any]
 
 DATASET_BATCH = 256
 TARGET_KEYS = ("labels", "label", "targets")
@@ -37,6 +42,11 @@ class Batch:
         targets = self.targets.to(device) if isinstance(self.targets, Tensor) else self.targets
         return Batch(moved.args, moved.kwargs, targets)
 
+    def like(self, state: State) -> "Batch":
+        """The batch on the device of a network's tensors, floating-point inputs in their precision."""
+        reference = first_float(state)
+        return self.to(reference.device, reference.dtype)
+
     def clone(self) -> "Batch":
         """A copy that a model may overwrite."""
         return self.mapped(lambda x: x.clone())
@@ -51,7 +61,7 @@ class Batch:
         return Batch(args, kwargs, self.targets)
 
 
-def check_data(data: Any) -> Iterable[Any]:
+def check_data(data: object) -> Iterable[Any]:
     """Data that can be read any number of times, batch by batch.
 
     Args:
@@ -73,8 +83,13 @@ def check_data(data: Any) -> Iterable[Any]:
     return data
 
 
-def read_batches(data: Any) -> Iterator[Batch]:
+def read_batches(data: Data | None, *, like: State | None = None) -> Iterator[Batch]:
     """Every batch of `data`.
+
+    Args:
+        data: What `check_data` accepts.
+        like: A network's tensors: batches come as copies in their precision and on their device, which the network may
+            overwrite. Without it batches come as they are.
 
     Raises:
         DataError: No data, no batches, an empty batch, or batches of an unknown form.
@@ -85,7 +100,7 @@ def read_batches(data: Any) -> Iterator[Batch]:
         if not batch.size:
             raise DataError("the data holds an empty batch: leave it out")
         found = True
-        yield batch
+        yield batch if like is None else batch.like(like).clone()
     if not found:
         raise DataError("the data is empty: give at least one batch")
 
@@ -111,17 +126,17 @@ def as_batch(item: Any) -> Batch:
     raise DataError(f"a batch is a {type(item).__name__} of unknown form: give (x, y), x or a dict of tensors")
 
 
-def first_batch(data: Any) -> Batch:
+def first_batch(data: Data | None) -> Batch:
     """The first batch of `data`."""
     return next(read_batches(data))
 
 
-def is_labelled(data: Any) -> bool:
+def is_labelled(data: Data | None) -> bool:
     """Whether batches carry targets, judged by the first one."""
     return first_batch(data).targets is not None
 
 
-def split_batches(data: Any, held_out: float) -> tuple[list[Batch], list[Batch]]:
+def split_batches(data: Data | None, held_out: float) -> tuple[list[Batch], list[Batch]]:
     """The first batches for fitting and the last ones to hold out, read once: data that shuffles cannot mix them.
 
     Raises:

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.data.batches import check_data
-from isthmus.graph.reader import Reader, node_shapes, program_for
+from isthmus.graph.reader import node_shapes, observe_batch, program_for
 from isthmus.observe.layers import Layer, chunked_product, input_rows, layers_of, sample_positions, seen_by, take
-from isthmus.state import State, first_float
+from isthmus.state import State
 from isthmus.symmetry.symmetry import Symmetry
 
 
@@ -19,7 +19,7 @@ def input_grams(
 ) -> dict[str, Float[Tensor, "blocks columns columns"]]:
     """The uncentred second moment of what each layer's product reads, a matrix a group of channels, by weight."""
     check_data(data)
-    batches = take(data, samples, first_float(state))
+    batches = take(data, samples, state)
     layers = layers_of(symmetry)
     count = max(1, -(-rows // sum(batch.size for batch in batches)))
     generator = torch.Generator().manual_seed(seed)
@@ -30,7 +30,7 @@ def input_grams(
         shapes = node_shapes(program)
         seen: dict[str, Tensor] = {}
         observers = {layer.contraction.source: seen_by(seen, layer.contraction.source) for layer in layers}
-        Reader(program, observers).read(state, batch.clone())
+        observe_batch(program, state, batch, observers)
         for layer in layers:
             name, found = layer.contraction.weight, _layer_rows(layer, seen, shapes, state, count, generator)
             products = torch.stack([chunked_product(part, part) for part in found]).cpu()

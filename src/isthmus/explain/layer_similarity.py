@@ -12,11 +12,10 @@ from torch import Tensor, fx, nn
 from isthmus.data.batches import check_data
 from isthmus.errors import DataError, InputError, SymmetryError
 from isthmus.explain.similarity import FEWEST, centred_rows, require_variance
-from isthmus.graph.reader import Reader, program_for
+from isthmus.graph.reader import Observer, observe_batch
 from isthmus.observe.given import as_modules, symmetry_of
 from isthmus.observe.layers import take
 from isthmus.progress import progress
-from isthmus.state import first_float
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.wording import told_by_fields
 
@@ -88,7 +87,7 @@ def cka_matrix(
     symmetry = symmetry_of(modules[0], symmetry, None, data)
     nodes = _layer_nodes(symmetry)
     states = [dict(model.state_dict()) for model in modules]
-    batches = take(data, samples, first_float(states[0]))
+    batches = take(data, samples, states[0])
     if len(batches) > 1 and batches[-1].size < FEWEST <= batches[0].size:
         batches = batches[:-1]
     if min(batch.size for batch in batches) < FEWEST:
@@ -100,7 +99,7 @@ def cka_matrix(
         for state in states:
             found: dict[str, Tensor] = {}
             observers = {node: _kernel_of(found, node, batch.size) for node in nodes}
-            Reader(program_for(symmetry.traced.program, batch), observers).read(state, batch.clone())
+            observe_batch(symmetry.traced.program, state, batch, observers)
             kernels.append(found)
         skipped |= {nodes[node]: NO_BATCH_DIMENSION for node in nodes if node not in kernels[0]}
         if not kernels[0]:
@@ -141,7 +140,7 @@ def _layer_nodes(symmetry: Symmetry) -> dict[str, str]:
     }
 
 
-def _kernel_of(found: dict[str, Tensor], node: str, size: int) -> Any:
+def _kernel_of(found: dict[str, Tensor], node: str, size: int) -> Observer:
     """An observer that keeps the U-centred linear kernel of a node's value, flattened, if the batch lies in front."""
 
     def keep(value: Tensor) -> None:

@@ -2,10 +2,11 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from isthmus.data.batches import Batch
@@ -13,8 +14,9 @@ from isthmus.errors import InputError, SymmetryError
 from isthmus.explain.images import tensors_in
 from isthmus.explain.units import means_of_units
 from isthmus.graph.capture import Program, capture
+from isthmus.graph.reader import needed_for, run
 from isthmus.observe.collect import check_at
-from isthmus.state import first_float
+from isthmus.state import State, first_float
 from isthmus.symmetry.spaces import Site
 from isthmus.symmetry.symmetry import Symmetry
 
@@ -23,55 +25,6 @@ MEMORY = 1 << 29
 
 # Pairs of random images by which the images' dimension is found; one is enough but where most units are silent.
 PROBES = 8
-
-
-class Forward(fx.Interpreter):
-    """Runs the part of a graph that one node needs, with gradients.
-
-    Args:
-        program: The captured graph, for one batch size.
-        node: Name of the node whose value is wanted.
-    """
-
-    def __init__(self, program: Program, node: str) -> None:
-        super().__init__(program.exported.graph_module, garbage_collect_values=False)
-        self.program = program
-        order = list(program.graph.nodes)
-        self.placeholders = [each for each in order if each.op == "placeholder"]
-        self.target = next(each for each in order if each.name == node)
-        before = order[: order.index(self.target)]
-        # An operation in place changes values that other nodes hold, which the edges of the graph do not tell.
-        needed = {self.target, *(each for each in before if _is_mutable(each))}
-        for each in reversed(before):
-            if any(user in needed for user in each.users):
-                needed.add(each)
-        self.nodes = [each for each in order if each in needed and each.op != "placeholder"]
-
-    def value(self, state: Mapping[str, Tensor], images: Float[Tensor, "images channels height width"]) -> Tensor:
-        """The node's value on images."""
-        program = self.program
-        leaves = pytree.tree_leaves((program.args, dict(program.kwargs)))
-        inputs = iter(images.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        self.env = {}
-        for node in self.placeholders:
-            if node.name in program.parameters:
-                self.env[node] = state[program.parameters[node.name]]
-            elif node.name in program.constants:
-                constant = program.constants[node.name]
-                self.env[node] = constant.to(images.device) if isinstance(constant, Tensor) else constant
-            else:
-                self.env[node] = next(inputs)
-        for node in self.nodes:
-            self.env[node] = self.run_node(node)
-        value = self.env[self.target]
-        self.env = {}
-        return value
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    """Whether an operation writes into its input."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 class Target:
@@ -109,12 +62,13 @@ class Target:
         self.device = first_float(model.state_dict()).device
         self.program = _float32_program(model, graph.program)
         self.shape = _image_shape(self.program)
-        self.forwards: dict[int, Forward] = {}
+        self.programs: dict[int, Program] = {}
+        self.needed = {each.name for each in needed_for(self.program, self.node)}
         self.batch_dim = -1
         traced = len(tensors_in(self.program.args, self.program.kwargs)[0])
         several = max(2, traced)  # the graph of the traced batch is at hand; one image alone mixes with none
         self.find_batch(model, several)
-        sizes = (node.meta.get("val") for node in self.forward(several).nodes)
+        sizes = (node.meta.get("val") for node in needed_for(self.program_at(several), self.node))
         held = sum(v.numel() * v.element_size() for v in sizes if isinstance(v, Tensor))
         self.most_images = max(1, MEMORY * several // max(1, held))
 
@@ -125,15 +79,21 @@ class Target:
             for name, tensor in model.state_dict().items()
         }
 
-    def forward(self, images: int) -> Forward:
+    def program_at(self, images: int) -> Program:
         """The graph for that many images."""
-        if images not in self.forwards:
+        if images not in self.programs:
             batch = torch.zeros(images, *self.shape, device=self.device)
             args, kwargs = pytree.tree_map(
                 lambda leaf: batch if isinstance(leaf, Tensor) else leaf, (self.program.args, dict(self.program.kwargs))
             )
-            self.forwards[images] = Forward(self.program.for_inputs(args, kwargs), self.node)
-        return self.forwards[images]
+            self.programs[images] = self.program.for_inputs(args, kwargs)
+        return self.programs[images]
+
+    def forward(self, state: State, images: Float[Tensor, "images channels height width"]) -> Any:
+        """The node's value on images, with gradients; no more of the graph is run than it needs."""
+        program = self.program_at(len(images))
+        batch = Batch(program.args, program.kwargs).mapped(lambda _: images)
+        return run(program, state, batch, until=self.node, only=self.needed)
 
     def find_batch(self, model: nn.Module, several: int) -> None:
         """Finds the dimension of the node's value along which the images lie, by changing the first of several.
@@ -149,7 +109,7 @@ class Target:
             images = torch.randn(several + 1, *self.shape, generator=generator).to(self.device)
             other = torch.cat([images[-1:], images[1:-1]])
             with torch.no_grad():
-                before, after = (self.forward(several).value(state, each) for each in (images[:-1], other))
+                before, after = (self.forward(state, each) for each in (images[:-1], other))
             if not isinstance(before, Tensor):
                 raise SymmetryError(f"node {self.node}, at which space {self.space} is read, is no tensor")
             changed = (before != after) | changed.to(before.device, torch.bool)
@@ -173,7 +133,7 @@ class Target:
         self, state: Mapping[str, Tensor], images: Float[Tensor, "images channels height width"]
     ) -> Float[Tensor, "images units"]:
         """Every unit's mean over its positions in every image, and over the windows that an image may be cut into."""
-        value = self.forward(len(images)).value(state, images)
+        value = self.forward(state, images)
         return means_of_units(value, self.sites, self.batch_dim).unflatten(0, (len(images), -1)).mean(dim=1)
 
 

@@ -134,8 +134,7 @@ def _slopes(model: nn.Module, steps: State, data: Any, loss: Loss | None) -> tup
     buffers = [name for name in state if name not in parameters and name in steps and bool(steps[name].any())]
     reference = first_float(state)
     first, second, count = [], [], 0
-    for batch in read_batches(data):
-        batch = batch.to(reference.device, reference.dtype).clone()
+    for batch in read_batches(data, like=state):
         place = torch.zeros((), dtype=reference.dtype, device=reference.device, requires_grad=True)
         moved = {name: tensor + place * steps[name] if name in steps else tensor for name, tensor in state.items()}
         with DifferentiableStatistics(), sdpa_kernel(SDPBackend.MATH):  # the faster kernels have no second derivative

@@ -11,6 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from isthmus.data.batches import Batch, first_batch, read_batches
+from isthmus.data.batches import Batch, first_batch
 from isthmus.errors import DataError, InputError
 from isthmus.explain.moves import SlotMap, correlate, deviations, largest_shares
-from isthmus.graph.reader import Reader, program_for
+from isthmus.graph.reader import observe, program_for
 from isthmus.merging.fold import fold_norm_gains
 from isthmus.observe.collect import check_at, collect
 from isthmus.observe.given import as_modules, symmetry_of
 from isthmus.observe.moments import Moments, SpaceMoments
-from isthmus.progress import progress
-from isthmus.state import first_float
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.spaces import Site, Space
 from isthmus.symmetry.symmetry import Symmetry
@@ -309,18 +308,14 @@ def _respond_everywhere(
         if node in dims:
             sites = [site for name, site in graph.activations[node] if name == space.name]
             places.setdefault(node, []).append((space.name, sites))
-    state = dict(model.state_dict())
-    reference = first_float(state)
     answers: dict[str, list[Tensor]] = {}
 
     def keep(node: str, value: Tensor) -> None:
         for name, sites in places[node]:
             answers.setdefault(name, []).append(means_of_units(value, sites, dims[node]).cpu())
 
-    for batch in progress(read_batches(data), "reading units", data):
-        own = batch.to(reference.device, reference.dtype).clone()
-        observers = {node: lambda value, node=node: keep(node, value) for node in places}
-        Reader(program_for(graph.program, own), observers).read(state, own)
+    observers = {node: partial(keep, node) for node in places}
+    observe(graph.program, dict(model.state_dict()), data, observers, "reading units")
     return {name: torch.cat(parts) for name, parts in answers.items()}
 
 

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from isthmus.data.batches import Batch
 from isthmus.graph.capture import Program
-from isthmus.graph.reader import program_for
+from isthmus.graph.operations import writes_in_place
+from isthmus.graph.reader import feed, program_for
 
 
 class Sweep:
@@ -29,7 +29,7 @@ class Sweep:
         self.state = dict(state)
         self.keep = set(keep)
         self.order = {node.name: index for index, node in enumerate(program.graph.nodes)}
-        self.runs = [BatchSweep(program_for(program, batch), self.state, batch) for batch in batches]
+        self.runs = [_BatchSweep(program_for(program, batch), self.state, batch) for batch in batches]
         self.program = program
         self.position = -1
         self.last_use: dict[str, int] = {}
@@ -70,46 +70,27 @@ class Sweep:
                 run.drop(name)
 
 
-class BatchSweep(fx.Interpreter):
+class _BatchSweep(fx.Interpreter):
     """One batch's values in a sweep."""
 
     def __init__(self, program: Program, state: Mapping[str, Tensor], batch: Batch) -> None:
         super().__init__(program.exported.graph_module, garbage_collect_values=False)
+        self.kept: dict[str, Tensor] = {}  # values that were saved before an operation wrote into them
         self.nodes = list(program.graph.nodes)
         self.named = {node.name: node for node in self.nodes}
         self.parameters = program.parameters
-        kwargs = batch.kwargs
-        if kwargs.keys() == program.kwargs.keys():  # the graph takes them in the order of its example
-            kwargs = {name: kwargs[name] for name in program.kwargs}
-        inputs = iter(pytree.tree_leaves((batch.args, dict(kwargs))))
-        for node in self.nodes:
-            if node.op != "placeholder":
-                continue
-            if node.name in program.parameters:
-                self.env[node] = state[program.parameters[node.name]]
-            elif node.name in program.constants:
-                self.env[node] = program.constants[node.name]
-            else:
-                self.env[node] = next(inputs)
+        self.env = feed(program, state, batch)
 
     def step(self, position: int, keep: set[str]) -> None:
         """Runs one node; what is kept is safe from operations that write into their input."""
         node = self.nodes[position]
         if node.op in ("placeholder", "output"):
             return
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        if writes_in_place(node):
             for source in node.all_input_nodes:
                 if source.name in keep and isinstance(self.env[source], Tensor):
                     self.kept[source.name] = self.env[source].clone()
         self.env[node] = self.run_node(node)
-
-    @property
-    def kept(self) -> dict[str, Tensor]:
-        """Values that were saved before an operation wrote into them."""
-        if not hasattr(self, "_kept"):
-            self._kept: dict[str, Tensor] = {}
-        return self._kept
 
     def value(self, name: str) -> Tensor:
         """The value of a node as it was computed."""

@@ -13,7 +13,6 @@ from isthmus.match.base import Match, MatchingProblem, match_folded
 from isthmus.match.methods import CANDIDATES
 from isthmus.observe.given import as_modules, as_own_modules, differ_in_width, symmetry_of
 from isthmus.registry import configure
-from isthmus.state import first_float
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry, check_counterpart
 from isthmus.tracing.trace import trace
@@ -77,8 +76,7 @@ def _trace_counterparts(models: Sequence[nn.Module], symmetry: Symmetry) -> tupl
     program: Program = symmetry.traced.program
     found = [symmetry]
     for index, model in enumerate(models[1:], start=1):
-        own = first_float(model.state_dict())
-        example = Batch(program.args, program.kwargs).to(own.device, own.dtype)
+        example = Batch(program.args, program.kwargs).like(model.state_dict())
         found.append(trace(model, *example.args, kwargs=example.kwargs))
         check_counterpart(symmetry, found[-1], f"model {index}")
     return tuple(found)

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from isthmus.data.batches import Batch, is_labelled, read_batches
+from isthmus.data.batches import is_labelled, read_batches
 from isthmus.errors import DataError, ModelError
 from isthmus.match.base import MatchingProblem
 from isthmus.merging.merge import merge
 from isthmus.merging.repair import repair
 from isthmus.observe.running_statistics import normalisation_layers
 from isthmus.observe.score import Ensemble, class_scores, evaluate
-from isthmus.state import first_float
 from isthmus.symmetry.alignment import Alignment
 
 
@@ -60,9 +59,7 @@ def _distance_of_scores(model: nn.Module, ensemble: nn.Module, data: Any) -> flo
         DataError: The model gives no class scores.
     """
     total, count = 0.0, 0
-    reference = first_float(model.state_dict())
-    for batch in read_batches(data):
-        inputs: Batch = batch.to(reference.device, reference.dtype).clone()
+    for inputs in read_batches(data, like=model.state_dict()):
         with torch.no_grad():
             found, wanted = (class_scores(each(*inputs.args, **inputs.kwargs)) for each in (model, ensemble))
         if found is None or wanted is None:

@@ -8,6 +8,7 @@ frozen dataclass, and one line in `REPAIRS`.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -16,17 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from isthmus.average.coefficients import CoefficientsLike, check_coefficients
-from isthmus.data.batches import Batch, check_data, read_batches
+from isthmus.data.batches import check_data
 from isthmus.errors import DataError, InputError, ModelError, TransformError
-from isthmus.graph.capture import Program
-from isthmus.graph.reader import Reader, program_for
+from isthmus.graph.reader import Observer, observe
 from isthmus.merging.outcome import note_outcome, outcome_of
 from isthmus.observe.given import as_modules, symmetry_of
 from isthmus.observe.layers import shared_weights
 from isthmus.observe.running_statistics import normalisation_layers, reset_statistics
-from isthmus.progress import progress
 from isthmus.registry import configure
-from isthmus.state import first_float
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.groups import keeps_function
 from isthmus.symmetry.symmetry import Symmetry
@@ -261,14 +259,14 @@ def _rescale(
         if alignment is not None:
             state = move_state(alignment.folded_state(state, index), alignment.transforms[index], symmetry)
         measured = Statistics(points)
-        _run(symmetry, state, data, measured, "measuring a parent")
+        observe(symmetry.traced.program, state, data, measured.observers, "measuring a parent")
         for point in points:
             mean, deviation = measured.of(point)
             weight = weights.of(point.weight)[index]
             means[point.node] = means.get(point.node, 0.0) + weight * mean
             deviations[point.node] = deviations.get(point.node, 0.0) + weight * deviation
     own = Statistics(points, {p.node: (means[p.node], deviations[p.node]) for p in points})
-    _run(symmetry, repaired.state_dict(), data, own, "rescaling")
+    observe(symmetry.traced.program, repaired.state_dict(), data, own.observers, "rescaling")
     _write_rescaling(repaired, points, own, means, deviations)
     # Rescaled BatchNorms make up for what changed before them; all others are measured behind it.
     rescaled = {point.weight for point in points}
@@ -316,6 +314,11 @@ class Statistics:
         self.sums: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
 
+    @property
+    def observers(self) -> dict[str, Observer]:
+        """An observer for every point's node."""
+        return {node: partial(self.observe, node) for node in self.points}
+
     def observe(self, node: str, value: Tensor) -> Tensor | None:
         """Adds a batch at one point; returns the rescaled value where there are targets."""
         units = value.movedim(self.points[node].channel, 0).reshape(value.shape[self.points[node].channel], -1)
@@ -345,21 +348,6 @@ def _scale_between(deviation: Tensor, target: Tensor) -> Tensor:
     """The factor that turns one standard deviation into another; 1 for units that never vary."""
     alive = deviation > DEAD_DEVIATION_SHARE * deviation.max().clamp_min(torch.finfo(torch.float64).tiny)
     return torch.where(alive, target / deviation.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
-
-
-def _run(symmetry: Symmetry, state: Mapping[str, Tensor], data: Any, statistics: Statistics, what: str) -> None:
-    """Runs the graph on all data with `statistics` watching."""
-    program: Program = symmetry.traced.program
-    reference = first_float(state)
-    for batch in progress(read_batches(data), what, data):
-        batch: Batch = batch.to(reference.device, reference.dtype)
-        observers = {node: _watching(statistics, node) for node in statistics.points}
-        Reader(program_for(program, batch), observers).read(state, batch.clone())
-
-
-def _watching(statistics: Statistics, node: str) -> Any:
-    """An observer for one node."""
-    return lambda value: statistics.observe(node, value)
 
 
 def _write_rescaling(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from isthmus.data.batches import check_data, read_batches
 from isthmus.errors import InputError, SymmetryError
-from isthmus.graph.reader import Reader, program_for
+from isthmus.graph.reader import observe_batch
 from isthmus.observe.given import as_modules, symmetry_of
 from isthmus.observe.moments import Accumulator, JointMoments, Moments
 from isthmus.progress import progress
@@ -105,11 +105,11 @@ def _read_spaces(
     """
     readings = [_readings_by_node(symmetry, at) for symmetry in symmetries]
     states = [dict(model.state_dict()) for model in models]
-    references = [first_float(state) for state in states]
     read = {reading.space for found in readings[0].values() for _, reading in found}
     sums = {
         space.name: Accumulator(
-            [symmetry[space.name].copies * symmetry[space.name].size for symmetry in symmetries], references[0].device
+            [symmetry[space.name].copies * symmetry[space.name].size for symmetry in symmetries],
+            first_float(states[0]).device,
         )
         for space in symmetries[0]
         if space.name in read
@@ -117,10 +117,9 @@ def _read_spaces(
     samples = 0
     for batch in progress(read_batches(data), "collecting activations", data):
         rows: dict[tuple[str, int], list[Tensor]] = {}
-        for state, reference, symmetry, found in zip(states, references, symmetries, readings, strict=True):
-            own = batch.to(reference.device, reference.dtype).clone()
+        for state, symmetry, found in zip(states, symmetries, readings, strict=True):
             observers = {node: _observer(here, rows) for node, here in found.items()}
-            Reader(program_for(symmetry.traced.program, own), observers).read(state, own)
+            observe_batch(symmetry.traced.program, state, batch, observers)
         for (space, _), values in rows.items():
             if len(values) != len(models) or len({len(each) for each in values}) > 1:
                 raise SymmetryError(

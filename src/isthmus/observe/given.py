@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from isthmus.checkpoint.fitting import check_state
-from isthmus.data.batches import read_batches
+from isthmus.data.batches import first_batch
 from isthmus.errors import InputError, SymmetryError
-from isthmus.state import first_float
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.tracing.trace import trace
 
@@ -93,9 +92,7 @@ def symmetry_of(model: nn.Module, symmetry: Symmetry | None, inputs: tuple[Any, 
     if inputs is not None:
         found = trace(model, *inputs)
     elif data is not None:
-        batch = next(read_batches(data))
-        first = first_float(model.state_dict())
-        batch = batch.head(2).to(first.device, first.dtype)
+        batch = first_batch(data).head(2).like(model.state_dict())
         found = trace(model, *batch.args, kwargs=batch.kwargs)
     if symmetry is None:
         if found is None:

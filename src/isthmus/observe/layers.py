@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, fx
 
-from isthmus.data.batches import Batch, read_batches
+from isthmus.data.batches import Batch, Data, read_batches
 from isthmus.errors import DataError
 from isthmus.graph.capture import Program
 from isthmus.state import State
@@ -253,8 +253,8 @@ def _convolution_options(
     return each("stride", 1), padding, dilation, given.get("groups", 1)
 
 
-def take(data: object, samples: int, reference: Tensor) -> list[Batch]:
-    """The first batches of the data, `samples` inputs in all, in the precision and on the device of `reference`.
+def take(data: Data | None, samples: int, state: State) -> list[Batch]:
+    """The first batches of the data, `samples` inputs in all, in the precision and on the device of a state.
 
     Raises:
         DataError: There is none.
@@ -265,7 +265,7 @@ def take(data: object, samples: int, reference: Tensor) -> list[Batch]:
         if left < 1:
             break
         batch = batch.head(min(left, batch.size))
-        batches.append(batch.to(reference.device, reference.dtype).clone())
+        batches.append(batch.like(state).clone())
         left -= batch.size
     if not batches:
         raise DataError("the data is empty: fitting layers needs inputs")

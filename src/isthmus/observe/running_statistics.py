@@ -10,7 +10,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from isthmus.data.batches import read_batches
 from isthmus.errors import DataError
 from isthmus.progress import progress
-from isthmus.state import first_float
 
 
 def running_statistics(model: nn.Module) -> set[str]:
@@ -47,10 +46,8 @@ def reset_statistics(model: nn.Module, data: Any, layers: Sequence[_BatchNorm] |
             layer.reset_running_stats()
             layer.momentum = None  # a cumulative average
             layer.train()
-        reference = first_float(model.state_dict())
         with torch.no_grad():
-            for batch in progress(read_batches(data), "estimating statistics", data):
-                batch = batch.to(reference.device, reference.dtype).clone()
+            for batch in progress(read_batches(data, like=model.state_dict()), "estimating statistics", data):
                 try:
                     model(*batch.args, **batch.kwargs)
                 except ValueError as error:  # what BatchNorm raises where it sees one value a channel

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from isthmus.data.batches import read_batches
 from isthmus.errors import DataError, ModelError
 from isthmus.observe.given import as_modules
-from isthmus.state import first_float
 from isthmus.wording import told_by_fields
 
 Loss = Callable[[Any, Any], Tensor]
@@ -39,12 +38,10 @@ def evaluate(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:
         ModelError: The outputs are no class scores and no `loss` was given.
     """
     modules = as_modules([model])
-    reference = first_float(modules[0].state_dict())
     total, right, count, classes = 0.0, 0, 0, True
-    for batch in read_batches(data):
+    for batch in read_batches(data, like=modules[0].state_dict()):
         if batch.targets is None:
             raise DataError("the data has no targets: scoring a model needs batches (x, y)")
-        batch = batch.to(reference.device, reference.dtype).clone()
         with torch.no_grad():
             output = modules[0](*batch.args, **batch.kwargs)
         size = batch.targets.numel() if isinstance(batch.targets, Tensor) else batch.size

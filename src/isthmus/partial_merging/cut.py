@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from isthmus.errors import SymmetryError, TraceError
 from isthmus.graph.capture import Program
+from isthmus.graph.operations import writes_in_place
 from isthmus.symmetry.spaces import Site
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.tracing.execute import origin
@@ -103,12 +104,6 @@ def _sources_in(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         if writes_in_place(node):
             written.setdefault(origin(node), []).append(node)
     return found
-
-
-def writes_in_place(node: fx.Node) -> bool:
-    """Whether an operation writes into one of its arguments."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _cut(symmetry: Symmetry, common: set[str]) -> Cut:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from isthmus.data.batches import Batch, read_batches
 from isthmus.errors import DataError, InputError, TraceError
 from isthmus.graph.capture import Program
-from isthmus.graph.reader import program_for
+from isthmus.graph.reader import program_for, run
 from isthmus.observe.score import Score, evaluate
-from isthmus.partial_merging.cut import Cut, writes_in_place
+from isthmus.partial_merging.cut import Cut
 from isthmus.progress import progress
-from isthmus.state import State, first_float
+from isthmus.state import State
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.spaces import Site
 from isthmus.symmetry.traced_graph import BatchNorm
@@ -186,23 +185,19 @@ class PartialZip(nn.Module):
         meters = [Meter(self.parts[0].batch_norms, names)]
         for part, own in zip(self.parts, self.owns, strict=True):
             meters.append(Meter(part.batch_norms if heads else (), set(own.tensors())))
-        reference = first_float(self.state_dict())
         with torch.no_grad():
-            for batch in progress(read_batches(data), "estimating statistics", data):
-                self._run(batch.to(reference.device, reference.dtype), range(len(self)) if heads else (), meters)
+            for batch in progress(read_batches(data, like=self.state_dict()), "estimating statistics", data):
+                self._run(batch, range(len(self)) if heads else (), meters)
         fresh = copy.deepcopy(self)
         for meter, own in zip(meters, [fresh.trunk, *fresh.owns], strict=True):
             meter.write(own.tensors())
         return fresh
 
-    def _run(
-        self, batch: Batch, wanted: Sequence[int], meters: Sequence["Meter | None"] | None = None
-    ) -> tuple[Any, ...]:
-        """The outputs of some heads."""
-        meters = [None] * (len(self) + 1) if meters is None else meters
+    def _run(self, batch: Batch, wanted: Sequence[int], meters: Sequence["Meter"] | None = None) -> tuple[Any, ...]:
+        """The outputs of some heads; meters are those of the trunk and of every head."""
         border: list[dict[str, Tensor]] = [{} for _ in self.parts]
 
-        def keep(name: str, value: Any) -> None:
+        def keep(name: str, value: Tensor) -> None:
             for index in wanted:
                 steps = self.parts[index].read_back.get(name)
                 if steps is not None:
@@ -212,14 +207,17 @@ class PartialZip(nn.Module):
                     border[index][name] = own
 
         first = self.parts[0]
-        _run_nodes(program_for(first.program, batch), first.cut.trunk, self.trunk.tensors(), batch, {}, keep, meters[0])
+        program = program_for(first.program, batch)
+        observers = {name: partial(keep, name) for index in wanted for name in self.parts[index].read_back}
+        instead = meters[0].replacements(program) if meters else {}
+        run(program, self.trunk.tensors(), batch, observers, only=first.cut.trunk, instead=instead)
         outputs = []
         for index in wanted:
             part, own = self.parts[index], self.owns[index]
             program = program_for(part.program, batch)
-            outputs.append(
-                _run_nodes(program, part.cut.head, own.tensors(), batch, border[index], None, meters[index + 1])
-            )
+            instead = meters[index + 1].replacements(program) if meters else {}
+            answer = run(program, own.tensors(), batch, only=part.cut.head, given=border[index], instead=instead)
+            outputs.append(answer)
             border[index] = {}
         return tuple(outputs)
 
@@ -249,7 +247,15 @@ class Meter:
         self.norms = {norm.node: norm for norm in norms if norm.mean in names and norm.variance in names}
         self.sums: dict[str, list[Tensor]] = {}
 
-    def normalise(self, norm: BatchNorm, node: fx.Node, args: Sequence[Any]) -> Tensor:
+    def replacements(self, program: Program) -> dict[str, Callable[..., Tensor]]:
+        """What to run in place of every BatchNorm that is measured."""
+        return {
+            node.name: partial(self.normalise, self.norms[node.name], node)
+            for node in program.graph.nodes
+            if node.name in self.norms
+        }
+
+    def normalise(self, norm: BatchNorm, node: fx.Node, *args: Any, **_: Any) -> Tensor:
         """The node's value with the batch's own statistics, which are noted.
 
         Raises:
@@ -274,58 +280,3 @@ class Meter:
             assert norm.variance is not None
             tensors[norm.mean].copy_(mean)
             tensors[norm.variance].copy_(variance)
-
-
-def _run_nodes(
-    program: Program,
-    wanted: frozenset[str],
-    tensors: State,
-    batch: Batch,
-    given: Mapping[str, Tensor],
-    keep: Callable[[str, Any], None] | None,
-    meter: Meter | None,
-) -> Any:
-    """Runs some nodes of a graph in its order; the model's outputs if the output node is among them.
-
-    Args:
-        program: The graph, captured for the batch's shape.
-        wanted: The nodes to run.
-        tensors: Parameters and buffers by state-dict name.
-        batch: The inputs; copied where the graph writes in place.
-        given: Values of nodes that are not to be run.
-        keep: Told every node's value as soon as it is computed.
-        meter: Takes over the BatchNorms that it measures.
-    """
-    interpreter = fx.Interpreter(program.exported.graph_module, garbage_collect_values=False)
-    env = interpreter.env
-    nodes = list(program.graph.nodes)
-    batch = batch.clone() if any(node.name in wanted and writes_in_place(node) for node in nodes) else batch
-    kwargs = batch.kwargs
-    if kwargs.keys() == program.kwargs.keys():  # the graph takes them in the order of its example
-        kwargs = {name: kwargs[name] for name in program.kwargs}
-    inputs = iter(pytree.tree_leaves((batch.args, dict(kwargs))))
-    last = {source: node for node in nodes if node.name in wanted for source in node.all_input_nodes}
-    for node in nodes:
-        if node.op == "placeholder":
-            if node.name in program.parameters:
-                env[node] = tensors.get(program.parameters[node.name])
-            else:
-                env[node] = program.constants[node.name] if node.name in program.constants else next(inputs)
-        elif node.name in given:
-            env[node] = given[node.name]
-        elif node.op == "output" and node.name in wanted:
-            answer: Any = map_arg(node.args[0], lambda source: env[source])
-            form: Any = program.exported.call_spec.out_spec
-            return pytree.tree_unflatten(list(answer), form)
-        elif node.name in wanted:
-            if meter is not None and node.name in meter.norms:
-                args, _ = interpreter.fetch_args_kwargs_from_env(node)
-                env[node] = meter.normalise(meter.norms[node.name], node, args)
-            else:
-                env[node] = interpreter.run_node(node)
-            if keep is not None:
-                keep(node.name, env[node])
-            for source in node.all_input_nodes:
-                if last[source] is node:
-                    del env[source]
-    return None
