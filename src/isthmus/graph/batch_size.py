@@ -9,21 +9,13 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-Shape = tuple[int, ...]
+from isthmus.graph.operations import RESHAPE_OVERLOADS
 
-# Operations that cut the same memory into other dimensions.
-RESHAPES = (
-    torch.ops.aten.view.default,
-    torch.ops.aten.reshape.default,
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.flatten.using_ints,
-    torch.ops.aten.unflatten.int,
-)
+Shape = tuple[int, ...]
 
 
 def first_mixing(graph: fx.Graph, other: fx.Graph, inputs: Sequence[str]) -> str | None:
@@ -64,7 +56,7 @@ def first_mixing(graph: fx.Graph, other: fx.Graph, inputs: Sequence[str]) -> str
         ]
         for (_, shape), dim in zip(pairs, found, strict=True):
             assert dim is not None
-            if node.target in RESHAPES:
+            if str(node.target) in RESHAPE_OVERLOADS:
                 kept = shape[:dim] == before[0][0][: before[0][1]]
             else:
                 kept = shape[dim] in {there[place] for there, place in before}

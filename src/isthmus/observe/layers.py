@@ -17,22 +17,17 @@ from torch import Tensor, fx
 from isthmus.data.batches import Batch, Data, read_batches
 from isthmus.errors import DataError
 from isthmus.graph.capture import Program
+from isthmus.graph.operations import (
+    ADDITION_OVERLOADS,
+    CONVOLUTION_OVERLOADS,
+    LINEAR_LAYERS,
+    RECTIFIERS,
+    operation_name,
+)
 from isthmus.state import State
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.traced_graph import BatchNorm, Contraction
 from isthmus.symmetry.transform import Transforms, move_site
-
-# Products whose rows can be gathered: input, weight, bias, and for convolutions stride, padding, dilation, groups.
-LINEAR = ("aten.linear.default",)
-
-
-CONVOLUTIONS = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default")
-
-
-ADDITIONS = ("aten.add.Tensor", "aten.add_.Tensor")
-
-
-RECTIFIERS = ("aten.relu.default", "aten.relu_.default")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +72,7 @@ def layers_of(symmetry: Symmetry) -> list[Layer]:
     found = []
     for contraction in sorted(graph.contractions, key=lambda each: order[each.node]):
         node = nodes[contraction.node]
-        if str(node.target) not in LINEAR + CONVOLUTIONS or contraction.weight in shared:
+        if not _rows_can_be_gathered(node) or contraction.weight in shared:
             continue
         norm = norms.get(contraction.node)
         if norm is not None and (len(node.users) != 1 or None in (norm.weight, norm.bias, norm.mean, norm.variance)):
@@ -85,9 +80,14 @@ def layers_of(symmetry: Symmetry) -> list[Layer]:
         output = nodes[norm.node] if norm else node
         stream, shortcut = _stream_of(output, order, order[contraction.node])
         last = nodes[stream] if stream else output
-        rectified = bool(last.users) and all(str(user.target) in RECTIFIERS for user in last.users)
+        rectified = bool(last.users) and all(operation_name(user) in RECTIFIERS for user in last.users)
         found.append(Layer(contraction, norm, output.name, stream, shortcut, rectified, node))
     return found
+
+
+def _rows_can_be_gathered(node: fx.Node) -> bool:
+    """Whether a product reads: input, weight, bias, and for convolutions stride, padding, dilation, groups."""
+    return operation_name(node) in LINEAR_LAYERS or str(node.target) in CONVOLUTION_OVERLOADS
 
 
 def shared_weights(program: Program) -> set[str]:
@@ -106,7 +106,7 @@ def _stream_of(output: fx.Node, order: Mapping[str, int], position: int) -> tupl
         return None, None
     (user,) = output.users
     addends = user.all_input_nodes
-    if str(user.target) not in ADDITIONS or len(user.args) != 2 or user.kwargs or len(addends) != 2:
+    if str(user.target) not in ADDITION_OVERLOADS or len(user.args) != 2 or user.kwargs or len(addends) != 2:
         return None, None
     other = addends[1] if addends[0] is output else addends[0]
     same = other.meta["val"].shape == output.meta["val"].shape == user.meta["val"].shape
@@ -215,7 +215,7 @@ def input_rows(
         kernel: The weight's dimensions behind the first two.
         shape: Shape of the output.
     """
-    if str(layer.node.target) in LINEAR:
+    if operation_name(layer.node) in LINEAR_LAYERS:
         rows = value.flatten(1, -2)[:, positions].flatten(0, 1) if value.ndim > 2 else value
         return [rows]
     spatial = len(kernel)

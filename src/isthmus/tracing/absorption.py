@@ -12,23 +12,28 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from isthmus.graph.capture import Program, module_path
+from isthmus.graph.operations import (
+    ADDITIONS,
+    CONVOLUTIONS,
+    LINEAR_LAYERS,
+    LINEAR_REDUCTIONS,
+    MATRIX_PRODUCTS,
+    PICKS,
+    RESHAPES,
+    SLICES,
+    SPLITS,
+    SQUEEZES,
+    TRANSPOSES,
+    UNCHANGED,
+    operation_name,
+)
 from isthmus.symmetry.spaces import Consumer, Gain
-from isthmus.tracing.execute import GainUse, Tracing, operation_name
+from isthmus.tracing.execute import GainUse, Tracing
 from isthmus.tracing.labels import support
 from isthmus.tracing.rules.contraction import argument
 from isthmus.tracing.rules.pointwise import PERMUTATION_LEVEL, limit_value
-from isthmus.tracing.rules.reduction import LINEAR, dimensions_of
+from isthmus.tracing.rules.reduction import dimensions_of
 from isthmus.tracing.units import ORTHOGONAL_LEVEL
-
-# Operations that hand on all numbers where they are.
-SAME = {"aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.lift_fresh_copy"}
-SAME |= {"aten.to", "aten._to_copy", "aten.type_as", "aten.dropout", "aten.positive"}
-RESHAPES = {"aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten", "aten.unflatten"}
-RESHAPES |= {"aten.squeeze", "aten.unsqueeze"}
-SLICES = {"aten.slice", "aten.narrow", "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.index_select"}
-TRANSPOSES = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.mT"}
-CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d"}
-PRODUCTS = {"aten.matmul", "aten.mm"}
 
 
 @dataclass(eq=False)
@@ -85,13 +90,13 @@ def _readers_of(node: fx.Node) -> list[fx.Node]:
     """The nodes that read a value, seen through copies and casts."""
     found = []
     for user in _users_of(node):
-        found += _readers_of(user) if operation_name(user) in SAME else [user]
+        found += _readers_of(user) if operation_name(user) in UNCHANGED else [user]
     return found
 
 
 def _sum_over(node: fx.Node) -> set[int] | None:
     """The dimensions that a node sums or averages over; None where it does something else."""
-    if operation_name(node) not in LINEAR:
+    if operation_name(node) not in LINEAR_REDUCTIONS:
         return None
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -105,7 +110,7 @@ def _parameter_readers(tracing: Tracing, program: Program) -> dict[str, list[fx.
 
     def follow(name: str, node: fx.Node) -> None:
         for user in _users_of(node):
-            if operation_name(user) in SAME | TRANSPOSES or user.name in tracing.offsets:
+            if operation_name(user) in UNCHANGED | TRANSPOSES or user.name in tracing.offsets:
                 follow(name, user)
             else:
                 found[name].append(user)
@@ -173,9 +178,9 @@ def _moved_axis(node: fx.Node, user: fx.Node, axis: int) -> int | None:
     if not isinstance(before, Tensor) or user.args[:1] != (node,):
         return None
     ndim = before.ndim
-    if name in SAME:
+    if name in UNCHANGED:
         return axis
-    if name in RESHAPES:
+    if name in RESHAPES | SQUEEZES:
         assert isinstance(after, Tensor)
         last = axis == ndim - 1 and after.ndim > 0 and after.shape[-1] == before.shape[-1]
         return after.ndim - 1 if last else None
@@ -185,26 +190,26 @@ def _moved_axis(node: fx.Node, user: fx.Node, axis: int) -> int | None:
     if name == "aten.transpose":
         first, second = (int(d) % ndim for d in user.args[1:3])  # type: ignore[arg-type]
         return {first: second, second: first}.get(axis, axis)
-    if name in LINEAR:
+    if name in LINEAR_REDUCTIONS:
         gone = _sum_over(user)
         # A sum would add a shift several times.
         if name == "aten.sum" or gone is None or axis in gone:
             return None
         assert isinstance(after, Tensor)
         return axis if after.ndim == ndim else axis - sum(d < axis for d in gone)
-    if name in SLICES | {"aten.select", "aten.unbind"}:
-        place = 2 if name in ("aten.split", "aten.split_with_sizes", "aten.chunk") else 1
+    if name in SLICES | PICKS:
+        place = 2 if name in SPLITS else 1
         dim = argument(user, place)
         dim = (int(dim) if isinstance(dim, int) else 0) % ndim
         if dim == axis:
             return None
-        return axis - (dim < axis) if name in ("aten.select", "aten.unbind") else axis
+        return axis - (dim < axis) if name in PICKS else axis
     return None
 
 
 def _shift_added(tracing: Tracing, node: fx.Node, user: fx.Node, axis: int) -> str | None:
     """The parameter that an addition lays along the axis as a shift; None where it does something else."""
-    if operation_name(user) not in ("aten.add", "aten.add_") or user.kwargs or len(user.args) != 2:
+    if operation_name(user) not in ADDITIONS or user.kwargs or len(user.args) != 2:
         return None
     other = user.args[1] if user.args[0] is node else user.args[0]
     name = tracing.source_of(other)
@@ -225,11 +230,11 @@ def _consumer_at(
     weight: object = None
     bias: object = None
     dim = 1
-    if name == "aten.linear" and axis == last:
+    if name in LINEAR_LAYERS and axis == last:
         weight, bias = argument(user, 1), user.kwargs.get("bias", argument(user, 2))
     elif name in CONVOLUTIONS and _groups_of(user) == 1 and axis == last - _spatial_of(name):
         weight = argument(user, 1)  # its bias takes in no shift: zeros are padded behind the norm
-    elif name in PRODUCTS and axis == last:
+    elif name in MATRIX_PRODUCTS and axis == last:
         weight, dim = argument(user, 1), 0
     elif name == "aten.addmm" and axis == last and not user.kwargs and argument(user, 1) is node:
         weight, bias, dim = argument(user, 2), argument(user, 0), 0

@@ -14,12 +14,10 @@ import numpy as np
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from isthmus.tracing.execute import Rule, Tracing, freeze_value, operation_name
+from isthmus.graph.operations import SLOTWISE_PRODUCTS, operation_name
+from isthmus.tracing.execute import Rule, Tracing, freeze_value
 from isthmus.tracing.labels import Choice, Names, Value, simplify, support
 from isthmus.tracing.units import UnitTable
-
-# Operations that compute the result in one slot from what stands in that slot alone, unless a sum runs over slots.
-SLOTWISE = {f"aten.{name}" for name in ("linear", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum")}
 
 
 def choose(tracing: Tracing, x: Value, dim: int, names: Names, places: tuple[int, ...]) -> Choice | None:
@@ -61,7 +59,7 @@ def apply_to_alternatives(
     choices: list[Choice] = []
     map_aggregate(vars(arguments), lambda x: choices.append(x) if isinstance(x, Choice) else None)
     same = all(c.history == choices[0].history for c in choices)
-    slotwise = slotwise or operation_name(node).removesuffix("_") in SLOTWISE
+    slotwise = slotwise or operation_name(node).removesuffix("_") in SLOTWISE_PRODUCTS
     where = _follow(tracing, node, arguments, rule, choices) if same and slotwise else None
     if where is None:
         return rule(tracing, node, _replaced(arguments, lambda c: _relate_alternatives(tracing.units, c)))

@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from torch.fx.node import map_aggregate, map_arg
 
 from isthmus.graph.capture import Program, module_path
+from isthmus.graph.operations import operation_name
 from isthmus.symmetry.traced_graph import BatchNorm, Contraction
 from isthmus.tracing.labels import Choice, Value, as_parameter, constant_value, relate_parts, rigid_value
 from isthmus.tracing.stacks import labelled_together
@@ -198,13 +199,6 @@ def _never_read(tracing: Tracing, graph: fx.Graph) -> Ids:
         if len(held[source.name])
     ]
     return np.setdiff1d(candidates, np.concatenate([np.empty(0, dtype=np.int64), *read_by_some]))
-
-
-def operation_name(node: fx.Node) -> str:
-    """A short name of the operation that a node runs."""
-    if isinstance(node.target, OpOverload):
-        return str(node.target.overloadpacket)
-    return getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else node.op
 
 
 def _placeholder(tracing: Tracing, program: Program, node: fx.Node) -> Any:

@@ -26,7 +26,7 @@ from isthmus.tracing.execute import Tracing, bind, unused_nodes
 from isthmus.tracing.labels import Value
 from isthmus.tracing.rules import RULES
 from isthmus.tracing.rules.pointwise import unchanged
-from isthmus.tracing.rules.view import mover, run
+from isthmus.tracing.rules.view import mover, run_on_labels
 
 # A number that is a sum of more units than this is not followed further.
 MOST_TERMS = 4
@@ -202,7 +202,7 @@ def _follow(tracing: Tracing, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if name in ("aten.cat", "aten.stack") and isinstance(first, list | tuple):
         parts = [each for each in first if isinstance(each, Terms)]
         return _beside(op, parts, rest[0]) if len(parts) == len(first) else None
-    if rule is run and isinstance(first, Terms) and not any(isinstance(each, Terms | Value) for each in rest):
+    if rule is run_on_labels and isinstance(first, Terms) and not any(isinstance(each, Terms | Value) for each in rest):
         return _moved(op, first, vars(arguments))
     return None
 

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from isthmus.graph.operations import BATCHED_PRODUCTS, STACK_MOVES, operation_name
+
 Groups = tuple[tuple[int, ...], ...]
 
 # Labels beyond this number are not worth their memory: the parts of such a stack move alike.
@@ -32,12 +34,12 @@ def labelled_together(node: fx.Node, shape: Sequence[int]) -> Groups:
         return _affordable(((0,), *((0, d) for d in range(1, len(shape)))), shape, alone)
     if len(shape) == 3 and len(users) == 1:
         order, last, user = [0, 1, 2], node, users[0]
-        while _name_of(user) in ("aten.transpose", "aten.permute", "aten.contiguous", "aten.to"):
+        while operation_name(user) in STACK_MOVES:
             arguments: Any = user.args
-            if _name_of(user) == "aten.transpose":
+            if operation_name(user) == "aten.transpose":
                 a, b = arguments[1] % 3, arguments[2] % 3
                 order[a], order[b] = order[b], order[a]
-            elif _name_of(user) == "aten.permute":
+            elif operation_name(user) == "aten.permute":
                 order = [order[d % 3] for d in arguments[1]]
             after = [each for each in user.users if _returns(each)]
             if len(after) != 1:
@@ -65,21 +67,16 @@ def _returns(node: fx.Node) -> bool:
     return not isinstance(node.target, OpOverload) or bool(node.target._schema.returns)
 
 
-def _name_of(node: fx.Node) -> str:
-    """Name of the operation that a node runs."""
-    return str(node.target.overloadpacket) if isinstance(node.target, OpOverload) else ""
-
-
 def _picks_a_part(user: fx.Node, node: fx.Node) -> bool:
     """Whether a node takes whole parts of a stack along its first dimension, by a number or by chosen numbers."""
     arguments: Any = user.args
     if not arguments or arguments[0] is not node:
         return False
-    if _name_of(user) == "aten.select":
+    if operation_name(user) == "aten.select":
         return arguments[1] == 0
-    if _name_of(user) == "aten.unbind":
+    if operation_name(user) == "aten.unbind":
         return len(arguments) < 2 or arguments[1] == 0
-    indices: Any = arguments[1] if _name_of(user) == "aten.index" else ()
+    indices: Any = arguments[1] if operation_name(user) == "aten.index" else ()
     return len(indices) == 1 and isinstance(indices[0], fx.Node) and _is_chosen(indices[0])
 
 
@@ -89,12 +86,12 @@ def _is_chosen(node: fx.Node) -> bool:
         node = node.all_input_nodes[0]
     arguments: Any = node.args if node.op == "call_function" and len(node.args) == 2 else (None, None)
     source, which = arguments
-    return isinstance(source, fx.Node) and _name_of(source) == "aten.topk" and which == 1
+    return isinstance(source, fx.Node) and operation_name(source) == "aten.topk" and which == 1
 
 
 def _roles_in(user: fx.Node, node: fx.Node) -> Groups | None:
     """The groups of dimensions of one factor of a product: what is kept, what is summed, each with what is shared."""
-    name = _name_of(user)
+    name = operation_name(user)
     if name == "aten.einsum":
         terms, arrow, result = str(user.args[0]).replace(" ", "").partition("->")
         operands: Any = user.args[1]
@@ -103,7 +100,7 @@ def _roles_in(user: fx.Node, node: fx.Node) -> Groups | None:
             return None
         mine = factors[list(operands).index(node)]
         other = factors[1 - list(operands).index(node)]
-    elif name in ("aten.bmm", "aten.matmul", "aten.baddbmm"):
+    elif name in BATCHED_PRODUCTS:
         pair = user.args[-2:]
         if node not in pair or any(not isinstance(x, fx.Node) for x in pair):
             return None

@@ -7,6 +7,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.fx.node import map_aggregate
 
+from isthmus.graph.operations import WHOLE_VIEWS
 from isthmus.tracing.execute import Tracing, bind, freeze_value, origin, values_in
 from isthmus.tracing.labels import (
     Value,
@@ -119,7 +120,7 @@ def _part_of(tracing: Tracing, view: fx.Node) -> tuple[int, int, int]:
     op = view.target
     if not isinstance(op, OpOverload) or not isinstance(outer, Value):
         return 0, 0, 0
-    if str(op.overloadpacket) in ("aten.alias", "aten.detach") and outer.shape:
+    if str(op.overloadpacket) in WHOLE_VIEWS and outer.shape:
         return 0, 0, outer.shape[0]
     a = bind(op, view.args, dict(view.kwargs))
     if str(op.overloadpacket) == "aten.select":

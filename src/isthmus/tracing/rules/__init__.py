@@ -14,7 +14,7 @@ from isthmus.tracing.rules.pointwise import POINTWISE, unchanged
 from isthmus.tracing.rules.recurrent import RECURRENT
 from isthmus.tracing.rules.reduction import REDUCTIONS
 from isthmus.tracing.rules.spatial import SPATIAL
-from isthmus.tracing.rules.view import VIEWS, run
+from isthmus.tracing.rules.view import VIEWS, run_on_labels
 from isthmus.tracing.writes import mutate
 
 TABLE: dict[str, Rule] = {
@@ -32,7 +32,7 @@ TABLE: dict[str, Rule] = {
 
 
 # Of indices that `topk` found, only these may be made without reading what they are.
-KEEPING_INDICES = frozenset({run, unchanged, index})
+KEEPING_INDICES = frozenset({run_on_labels, unchanged, index})
 
 
 def _is_pointwise(op: OpOverload) -> bool:

@@ -13,7 +13,7 @@ from isthmus.tracing.choices import choose
 from isthmus.tracing.execute import Rule, Tracing, freeze_names, freeze_value, output_shapes, values_in
 from isthmus.tracing.labels import Names, Value, combine, reshape, rigid_layers, rigid_value, support, with_rigid
 from isthmus.tracing.rules.pointwise import PERMUTATION_LEVEL, limit_value
-from isthmus.tracing.rules.view import run
+from isthmus.tracing.rules.view import run_on_labels
 from isthmus.tracing.units import WILDCARD
 
 
@@ -21,7 +21,7 @@ def index(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """`x[i, j, …]` with tensors of numbers: run where they are known, else along fixed rows."""
     x: Value = vars(a)["self"]
     if all(value.constant is not None for value in values_in(a.indices)):
-        return run(tracing, node, a)
+        return run_on_labels(tracing, node, a)
     examples = [i.meta.get("val") for i in node.all_input_nodes[1:]]
     if any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in examples):
         return NotImplemented  # a mask: how many are chosen depends on the data

@@ -6,6 +6,18 @@ from typing import Any
 
 from torch import fx
 
+from isthmus.graph.operations import (
+    ADDITIONS,
+    COPIES,
+    DEGREE_ONE,
+    LINEAR_POINTWISE,
+    MULTIPLICATIONS,
+    ODD_FUNCTIONS,
+    PRODUCTS,
+    RARE_DROPOUTS,
+    SUMS,
+    operation_name,
+)
 from isthmus.tracing.execute import GainUse, Rule, Tracing, values_in
 from isthmus.tracing.labels import Value, combine, lift, narrow, one_to_one, support
 from isthmus.tracing.units import FIXING_ONES_LEVEL, SCALE, SIGN, UnitTable
@@ -13,19 +25,8 @@ from isthmus.tracing.units import FIXING_ONES_LEVEL, SCALE, SIGN, UnitTable
 # Evidence levels: 0 says that only linear maps were seen, 3 that a unit is used as a single number.
 PERMUTATION_LEVEL = 3
 
-# Linear in each operand, as long as only one operand holds units of a space.
-SUMS = {"aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.rsub"}
-PRODUCTS = {"aten.mul", "aten.mul_", "aten.div", "aten.div_"}
-ADDITIONS = {"aten.add", "aten.add_"}
-MULTIPLICATIONS = {"aten.mul", "aten.mul_"}
-LINEAR = {"aten.neg", "aten.neg_", "aten.positive", "aten.clone", "aten.alias", "aten._to_copy", "aten.to"}
-
-
 # Odd functions hand on a sign; functions of degree one a positive factor.
-FACTORS = {
-    **dict.fromkeys(("aten.tanh", "aten.sin", "aten.sinh", "aten.asinh", "aten.atan", "aten.erf"), SIGN),
-    **dict.fromkeys(("aten.relu", "aten.leaky_relu", "aten.abs"), SCALE),
-}
+FACTORS = {**dict.fromkeys(ODD_FUNCTIONS, SIGN), **dict.fromkeys(DEGREE_ONE, SCALE)}
 
 
 def limit_value(units: UnitTable, value: Value, level: int, factors: int = 0) -> None:
@@ -38,7 +39,7 @@ def pointwise(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Any operation that computes each element from the elements at its place."""
     operands = values_in(vars(a))
     out = combine(tracing.units, operands)
-    name = str(getattr(node.target, "overloadpacket", node.target))
+    name = operation_name(node)
     if _is_square(node, name):
         tracing.squares[node.name] = out
     elif name in SUMS:
@@ -58,7 +59,7 @@ def pointwise(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
             _limit_product(tracing.units, operands, len(out.shape))
         if name.startswith("aten.div") and len(operands) > 1:
             limit_value(tracing.units, operands[1], PERMUTATION_LEVEL)
-    elif name not in LINEAR:
+    elif name not in LINEAR_POINTWISE:
         limit_value(tracing.units, out, PERMUTATION_LEVEL, FACTORS.get(name.removesuffix("_"), 0))
         tracing.nonlinear += [x.name for x in node.args if isinstance(x, fx.Node)]
     return out
@@ -167,18 +168,7 @@ POINTWISE: dict[str, Rule] = {
     "aten.fill": _copied,
     "aten.zero": _copied,
     "aten.glu": _gated,
-    "aten.clone": unchanged,
-    "aten.alias": unchanged,
-    "aten.contiguous": unchanged,
-    "aten.detach": unchanged,
-    "aten.detach_": unchanged,
-    "aten.lift_fresh_copy": unchanged,
-    "aten.to": unchanged,
-    "aten._to_copy": unchanged,
-    "aten.type_as": unchanged,
-    "aten.dropout": unchanged,
-    "aten.feature_dropout": unchanged,
-    "aten.alpha_dropout": unchanged,
+    **dict.fromkeys(sorted(COPIES | RARE_DROPOUTS), unchanged),
     "aten.prelu": _prelu,
     "aten._prelu_kernel": _prelu,
 }

@@ -6,28 +6,27 @@ from typing import Any
 
 from torch import fx
 
+from isthmus.graph.operations import LINEAR_REDUCTIONS, operation_name
 from isthmus.tracing.blocks import reduce
 from isthmus.tracing.execute import Rule, Tracing, freeze_value, output_shapes
 from isthmus.tracing.labels import Value, rigid_value, support
 from isthmus.tracing.rules.pointwise import PERMUTATION_LEVEL, limit_value, pointwise
 from isthmus.tracing.units import FIXING_ONES_LEVEL, ORTHOGONAL_LEVEL
 
-LINEAR = {"aten.mean", "aten.sum"}
-
 
 def _reduction(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     """Reductions in which the order of elements does not matter."""
     x: Value = vars(a)["self"]
     dims = _dimensions(a, len(x.shape))
-    name = str(getattr(node.target, "overloadpacket", node.target))
+    name = operation_name(node)
     reduced = {d % len(x.shape) for d in dims} if x.shape else set()
     level = _whole_axis_level(name, a)
-    is_square = name in LINEAR and any(x is square for square in tracing.squares.values())
+    is_square = name in LINEAR_REDUCTIONS and any(x is square for square in tracing.squares.values())
     for layer in x.layers:
         along = set(support(layer))
         if is_square and along <= reduced:
             continue  # a squared norm; `absorption.settle` looks at all that is done with the square
-        if name in LINEAR and not along & reduced:
+        if name in LINEAR_REDUCTIONS and not along & reduced:
             continue  # a mean over positions is linear in the units
         tracing.units.limit(layer.ravel(), level if along <= reduced else PERMUTATION_LEVEL)
     return reduce(tracing.units, x, dims, keepdim=bool(getattr(a, "keepdim", False)))
@@ -38,7 +37,7 @@ def _whole_axis_level(name: str, a: SimpleNamespace) -> int:
 
     A sum is kept by maps that keep the ones vector, a Euclidean norm by rotations, a variance by maps that do both.
     """
-    if name in LINEAR or name in ("aten.var", "aten.std"):
+    if name in LINEAR_REDUCTIONS or name in ("aten.var", "aten.std"):
         return FIXING_ONES_LEVEL
     order = getattr(a, "ord", None) if name == "aten.linalg_vector_norm" else getattr(a, "p", None)
     if name in ("aten.linalg_vector_norm", "aten.norm") and order == 2:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
+from isthmus.graph.operations import SELECTIONS
 from isthmus.tracing.blocks import pin
 from isthmus.tracing.execute import Rule, Tracing, freeze_names, values_in
 from isthmus.tracing.labels import (
@@ -36,7 +37,7 @@ STAND_INS = {
 }
 
 
-def run(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
+def run_on_labels(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Any:
     """The operation itself, run on every label array of its first argument."""
     x = next(iter(vars(a).values()))
     others = values_in(list(vars(a).values())[1:])
@@ -124,9 +125,6 @@ def _stack(tracing: Tracing, node: fx.Node, a: SimpleNamespace) -> Value:
     return concatenate(tracing.units, [unsqueeze(value, a.dim) for value in a.tensors], a.dim)
 
 
-SELECTIONS = {f"aten.{name}" for name in ("slice", "select", "narrow", "index", "index_select", "take_along_dim")}
-SELECTIONS |= {"aten.diagonal", "aten.unfold"}
-
 RUNNABLE = (  # noqa: SIM905 - a list literal would take a line for each name
     "view _unsafe_view reshape flatten unflatten permute transpose t numpy_T matrix_H mT unsqueeze squeeze expand "
     "broadcast_to slice select split split_with_sizes chunk tensor_split narrow flip roll repeat repeat_interleave "
@@ -134,7 +132,7 @@ RUNNABLE = (  # noqa: SIM905 - a list literal would take a line for each name
     "pixel_unshuffle channel_shuffle native_channel_shuffle rot90 view_as reshape_as take_along_dim"
 ).split()
 
-VIEWS: dict[str, Rule] = {f"aten.{name}": run for name in RUNNABLE} | {
+VIEWS: dict[str, Rule] = {f"aten.{name}": run_on_labels for name in RUNNABLE} | {
     "aten.cat": _cat,
     "aten.stack": _stack,
     "aten.expand_as": _expand_as,
