@@ -417,7 +417,7 @@ def test_demo_tells_the_whole_story(tmp_path, capsys, monkeypatch):
     parents = [score["accuracy"] for score in report["scores"]["parents"]]
     assert min(parents) > 0.97
     assert report["scores"]["naive"]["accuracy"] < 0.5  # averaging fails
-    assert report["scores"]["merged"]["accuracy"] > min(parents) - 0.05  # aligned and mended, it works
+    assert report["scores"]["merged"]["accuracy"] > min(parents) - 0.05  # aligned and repaired, it works
     assert report["curves"][0]["aligned"]["barrier"] < report["curves"][0]["naive"]["barrier"] / 2
     told = report["explain"]
     assert len(told["claims"]) == len(told["questions"]) == 5

@@ -704,11 +704,11 @@ def test_units_that_a_linear_map_mixed_are_told_so(made, page):
     assert "mostly its unit" in check(page(report)).text
 
 
-def test_what_was_not_repaired_is_not_called_mended(made, page):
+def test_what_was_not_repaired_is_not_called_repaired(made, page):
     report = copy.deepcopy(made[0])
-    assert "aligned and mended" in check(page(report)).text
+    assert "aligned and repaired" in check(page(report)).text
     report["repair"] = None
-    assert "aligned and mended" not in check(page(report)).text
+    assert "aligned and repaired" not in check(page(report)).text
     for space in report["explain"]["spaces"]:
         space["variance_ratio"]["mended"] = space["variance_ratio"]["aligned"]
     (words,) = (

@@ -9,7 +9,7 @@ State = Mapping[str, Tensor]
 
 
 def first_float(state: Mapping[str, Tensor]) -> Tensor:
-    """A tensor whose precision and device stand for those of a whole state."""
+    """A tensor whose precision and device stand for a whole state's."""
     return next((tensor for tensor in state.values() if tensor.is_floating_point()), torch.zeros(()))
 
 

@@ -39,7 +39,7 @@ class Coefficients:
 
 
 def lies_in(name: str, prefix: str) -> bool:
-    """Whether a tensor is that of this name, or belongs to the module of this path."""
+    """Whether a tensor has this name, or belongs to the module of this path."""
     return name == prefix or name.startswith(f"{prefix}.")
 
 

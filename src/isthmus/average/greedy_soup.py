@@ -48,7 +48,7 @@ class GreedySoup:
         """The mean of the models taken in.
 
         Raises:
-            DataError: Data without targets, or a single batch, of which nothing can be held out.
+            DataError: Data without targets, or a single batch, so that none can be held out.
             InputError: The models were moved by linear maps that change what they compute, whose means are of all.
         """
         if not aligned.is_exact:
@@ -82,7 +82,7 @@ def _counts(coefficients: Coefficients, chosen: Sequence[int]) -> bool:
 
 
 def _restricted(coefficients: Coefficients, chosen: Sequence[int]) -> Coefficients:
-    """The coefficients with those of all other models set to zero, and scaled again."""
+    """The coefficients with all other models' set to zero, and scaled again."""
 
     def scaled(weights: Sequence[float]) -> tuple[float, ...]:
         total = sum(weights[index] for index in chosen)

@@ -160,7 +160,7 @@ class Fitting:
         return merged.state
 
     def _measure(self, merged: Sweep, norm: BatchNorm) -> None:
-        """Sets a BatchNorm's statistics to those of what reaches it in the merged network."""
+        """Sets a BatchNorm's statistics to the mean and variance of what reaches it in the merged network."""
         assert norm.mean is not None
         assert norm.variance is not None
         merged.advance(norm.node, before=True)

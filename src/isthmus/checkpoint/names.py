@@ -67,7 +67,7 @@ def _plain(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
 
 
 def _wrapping(names: Iterable[str]) -> str:
-    """Returns the prefix, of wrapping modules only, that all names carry."""
+    """Returns the prefix, of wrapping modules only, that all names have."""
     names, prefix = list(names), ""
     while added := [part for part in WRAPPERS if names and all(name.startswith(prefix + part) for name in names)]:
         prefix += added[0]

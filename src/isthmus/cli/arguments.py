@@ -15,7 +15,7 @@ from isthmus.runs.recipe import AlignOptions, DataOptions, ParentOptions, Recipe
 # The commands are in cli.py.
 app = typer.Typer(
     name="isthmus",
-    help="Join independently trained neural networks into one: align, merge, mend, measure.",
+    help="Join independently trained neural networks into one: align, merge, repair, measure.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -72,7 +72,7 @@ def parse_shape(text: str | None) -> list[int] | str | None:
 
 
 def _find_architecture(paths: Sequence[str], model: str | None) -> str:
-    """The architecture that was named, else that of the Hugging Face folders which the checkpoints are.
+    """The architecture that was named; if none was, the one of the Hugging Face folders that the checkpoints are.
 
     Raises:
         InputError: None was named, and not all checkpoints are such folders.

@@ -120,7 +120,7 @@ def _merge_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge checkpoints of one architecture into one model: prove, align, average, mend, measure."""
+    """Merge checkpoints of one architecture into one model: prove, align, average, repair, measure."""
     from isthmus.runs.inputs import load_inputs
     from isthmus.runs.run_merge import run_merge
 
@@ -145,7 +145,7 @@ def _merge_command(
     print_scores(report)
     console.print(escape(report["verdict"]), style="bold")
     if report["repair"] is None and repair != "none" and data is None:
-        console.print("no --data: BatchNorm statistics, if any, are averaged and not mended", style="yellow")
+        console.print("no --data: BatchNorm statistics, if any, are averaged and not repaired", style="yellow")
     if report.get("left_out"):
         console.print(
             f"the parents do not agree on {escape(', '.join(report['left_out']))}: not copied, choose one yourself",

@@ -58,7 +58,7 @@ def print_scores(report: Mapping[str, Any]) -> None:
     rows += [
         ("ensemble", scores["ensemble"]),
         ("naive average", scores["naive"]),
-        ("naive average, mended", scores["naive_mended"]),
+        ("naive average, repaired", scores["naive_mended"]),
         ("aligned average", scores["aligned"]),
         ("merged model", scores["merged"]),
     ]

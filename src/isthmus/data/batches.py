@@ -132,7 +132,7 @@ def first_batch(data: Data | None) -> Batch:
 
 
 def is_labelled(data: Data | None) -> bool:
-    """Whether batches carry targets, judged by the first one."""
+    """Whether batches have targets, judged by the first one."""
     return first_batch(data).targets is not None
 
 

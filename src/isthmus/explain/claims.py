@@ -78,7 +78,7 @@ def judge_claims(
 ) -> tuple[Claim, ...]:
     """The five claims of Ito et al. on weight matching, each with a verdict.
 
-    A claim of two parts holds if both do and holds partly if one does. A claim of which a part was not measured has no
+    A claim of two parts holds if both do and holds partly if one does. A claim with a part that was not measured has no
     verdict.
 
     Args:
@@ -192,7 +192,7 @@ def _judge_order(spectra: Spectra | None) -> Claim:
 
 
 def _judge_merged(spectra: Spectra | None) -> Claim:
-    """Claim 4: the merged model keeps the directions that carry the function."""
+    """Claim 4: the merged model keeps the directions that the function lies along."""
     text = (
         "The merged model keeps the large singular directions of the models that it was made of, and these carry the "
         "function: the input of a layer lies along its top right singular directions."

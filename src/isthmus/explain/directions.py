@@ -59,7 +59,7 @@ def match_directions(
         module: The architecture, where all models are state dicts.
 
     Returns:
-        The alignment; its objective is that of the filtered weights. `details` holds `part`, `keep`, and `energy`, the
+        The alignment; its objective is the filtered weights'. `details` holds `part`, `keep`, and `energy`, the
         share of the weight matrices' squared norm in the part, one number a model.
 
     Raises:
@@ -166,7 +166,7 @@ class Intervention:
 
     Attributes:
         rows: No matching, plain weight matching, then every size and part.
-        repair: How running statistics were mended at the midpoint: `"reset"` or None.
+        repair: How running statistics were repaired at the midpoint: `"reset"` or None.
     """
 
     rows: tuple[MatchedPart, ...]

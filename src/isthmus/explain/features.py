@@ -2,7 +2,7 @@
 
 The unit is read from the traced graph and only the part of the graph that it needs is run, so that any space of any
 network on images can be drawn. The network stays as it is: the gradient reaches nothing but the pictures. Statistics of
-BatchNorm are used as they are: reset those of a merged model first (`isthmus.repair`).
+BatchNorm are used as they are: reset a merged model's first (`isthmus.repair`).
 """
 
 import math
@@ -117,7 +117,7 @@ def visualise(
         at: `"pre"` reads what enters the unit's nonlinearity, where a silent unit has a gradient too; `"post"` what
             its consumers receive.
         method: A name in `PARAMETRISATIONS` or a configured object.
-        seed: Of the starting noise and the shaking.
+        seed: Seeds the starting noise and the shaking.
         steps: Steps of gradient ascent; the method's own number if None.
         slots: Names of the starting noise, a number for each unit; the units' own numbers if None. Units with the same
             slot start from the same noise and are shaken alike.

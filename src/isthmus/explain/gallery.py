@@ -40,8 +40,8 @@ class Chosen:
         unit: Its slot in the common frame.
         group: `"best"`, `"median"` or `"worst"` by how much of all models' features the merged unit holds.
         cross_activation: For each model, the share of images that excite the merged unit less than the picture drawn
-            for that model's unit does; empty where none was drawn, NaN for a model of which no unit stands there.
-        naive_cross_activation: The same of the naive average's unit.
+            for that model's unit does; empty where none was drawn, NaN for a model that has no unit there.
+        naive_cross_activation: The cross-activation of the naive average's unit.
     """
 
     unit: int
@@ -116,7 +116,7 @@ def draw_gallery(
         each: How many best, middle and worst units of each.
         method: A parametrisation of `explain.features`.
         steps: Steps of gradient ascent; the method's own number if None.
-        seed: Of the pictures' starting noise.
+        seed: Seeds the pictures' starting noise.
         mean: What the data's pixels were normalised by, per channel, for showing; with `std`.
         std: As `mean`.
 

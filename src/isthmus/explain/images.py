@@ -19,7 +19,7 @@ from isthmus.wording import told_by_fields
 # Source: the constant `color_correlation_svd_sqrt` of Lucid (github.com/tensorflow/lucid), which has two digits.
 NATURAL_COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 
-# The range of inputs where no data tells it: about that of photographs normalised to mean 0 and deviation 1.
+# The range of inputs where no data tells it: about the range of photographs normalised to mean 0 and deviation 1.
 ASSUMED_RANGE = (-2.0, 2.0)
 
 # How far the mean colour is kept from the ends of the range, where the sigmoid would have no slope left.
@@ -34,7 +34,7 @@ class ImageStatistics:
         low: The least value of every channel.
         high: The greatest value of every channel.
         mean: The mean colour.
-        covariance: Of the channels, over all pixels.
+        covariance: Covariance of the channels, over all pixels.
         magnitude: Mean absolute value of `rfft2` of the images less their mean colour, in the colour axes `axes`; None
             where no data was given.
     """
@@ -83,7 +83,7 @@ def measure_images(data: Any, shape: tuple[int, int, int] | None = None) -> Imag
 
     Args:
         data: Re-iterable batches of images; labels are not used.
-        shape: The channels, height and width that all must have; those of the first image if None.
+        shape: The channels, height and width that all must have; the first image's if None.
 
     Raises:
         DataError: No data, images of another shape, or NaN or infinite pixels.

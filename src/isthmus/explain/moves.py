@@ -1,4 +1,4 @@
-"""How the units of a space are carried into the common frame, and their correlations there."""
+"""How the units of a space are moved into the common frame, and their correlations there."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from isthmus.wording import told_by_fields
 
 @dataclass(frozen=True, eq=False)
 class SlotMap:
-    """How one model's units of a space are carried into the common frame: by an order, or by a matrix.
+    """How one model's units of a space are moved into the common frame: by an order, or by a matrix.
 
     Attributes:
         order: The unit that stands in each slot; None for a matrix.
@@ -52,15 +52,15 @@ class SlotMap:
         return self.order
 
     def of_rows(self, values: Float[Tensor, "units columns"]) -> Float[Tensor, "units columns"]:
-        """Values with one row a unit, carried into the frame."""
+        """Values with one row a unit, moved into the frame."""
         return values[self.order] if self.matrix is None else self.matrix @ values
 
     def of_columns(self, values: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
-        """Values with one column a unit, carried into the frame."""
+        """Values with one column a unit, moved into the frame."""
         return self.of_rows(values.T).T
 
     def undone(self, values: Float[Tensor, "rows units"]) -> Float[Tensor, "rows units"]:
-        """Values with one column a slot, carried back."""
+        """Values with one column a slot, moved back."""
         if self.matrix is not None:
             return torch.linalg.lstsq(self.matrix, values.T).solution.T
         assert self.order is not None
@@ -108,7 +108,7 @@ def correlate(moments: SpaceMoments, a: int, move_a: SlotMap, b: int, move_b: Sl
 def matched_correlation(
     moments: SpaceMoments, first: int, move_first: SlotMap, second: int, move_second: SlotMap
 ) -> Float[Tensor, "slots slots"]:
-    """Correlations of two models' units in the common frame, those of the first in rows; 0 where nothing varies."""
+    """Correlations of two models' units in the common frame, the first model's in rows; 0 where nothing varies."""
     across = move_second.of_columns(move_first.of_rows(moments.between(first, second)))
     scale = torch.outer(deviations(moments, first, move_first), deviations(moments, second, move_second))
     correlation = across / scale.clamp_min(torch.finfo(scale.dtype).tiny)

@@ -27,7 +27,7 @@ def answer_questions(
     Args:
         spaces: What `measure_units` found, in the order of the network.
         variance_ratios: By space, the variance of merged units over their models': `"aligned"`, in the common frame
-            before any repair, and `"mended"`, of the result.
+            before any repair, and `"mended"`, the result.
         repaired: Whether the result was repaired at all; if not, what repair does was not measured.
 
     Source: the questions are those of Zou et al., UniReps 2024, as far as its abstract tells; thresholds are this

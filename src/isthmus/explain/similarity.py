@@ -35,8 +35,8 @@ class Covariances:
 
     Attributes:
         first: Covariance of the first network's units.
-        second: Of the second's.
-        between: Of the first's with the second's.
+        second: Covariance of the second's units.
+        between: Covariance of the first's units with the second's.
         count: Samples.
         precision: To what share of its largest number `first` and `second` are known: directions of less variance are
             rounding and are left out where covariances are inverted.

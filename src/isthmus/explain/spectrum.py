@@ -2,7 +2,7 @@
 
 A weight matrix is the C_out × C_in weight of a linear layer, and a convolution's weight reshaped to C_out × (C_in·k·k).
 A convolution with g groups is g matrices, one a group: the blocks of one block-diagonal matrix, whose singular values
-are those of all blocks. A transposed convolution's weight is turned so that its outputs are the rows. BatchNorm is not
+are all blocks' together. A transposed convolution's weight is turned so that its outputs are the rows. BatchNorm is not
 folded in.
 
 Suffixes: B blocks, M rows of a block, N columns of a block, K singular values of a block, min(M, N).
@@ -44,9 +44,9 @@ class Overlap:
     Attributes:
         threshold: γ: singular values of at least γ times the layer's largest are kept.
         sum_before: Σ_ij (u_i^a · u_j^b)(v_i^a · v_j^b) over the kept directions of A and of B as it is.
-        sum_after: The same for B in the common frame.
+        sum_after: The same sum with B in the common frame.
         kept_a: Kept directions of A.
-        kept_b: Of B.
+        kept_b: Kept directions of B.
     """
 
     threshold: float
@@ -85,9 +85,9 @@ class LayerSpectrum:
         name: State-dict name of the weight.
         shape: Blocks, rows and columns of the matrix.
         values_a: Singular values of A, falling.
-        values_b: Of B.
-        values_moved: Of B in the common frame.
-        values_merged: Of the merged model; None if there was none.
+        values_b: Singular values of B, falling.
+        values_moved: Singular values of B in the common frame.
+        values_merged: Singular values of the merged model; None if there was none.
         unchanged: Largest difference between B's singular values before and after, as a share of the largest one.
         tolerance: What rounding may make of it: ten times the matrix's longer side times the spacing of float64.
         overlaps: R at every threshold.
@@ -282,13 +282,13 @@ def measure_spectra(
     states = [upcast(model.state_dict()) for model in modules]
     if alignment is not None and alignment.folded:  # folding changes singular values: it belongs to both sides
         states = [dict(alignment.folded_state(state, index)) for index, state in enumerate(states)]
-    framed = _carried(states, alignment)
+    moved = _moved(states, alignment)
     merged_state = None if merged is None else upcast(as_modules([modules[0], merged])[1].state_dict())
     grams = input_grams(states[0], symmetry, data, samples, rows, seed) if data is not None else {}
     exact = alignment is None or alignment.is_exact
     why = "no data was given" if data is None else "its input rows cannot be gathered: a shared or transposed weight"
     layers = tuple(
-        _measure_layer(weight, states, framed, merged_state, grams.get(weight.name), thresholds, exact, why)
+        _measure_layer(weight, states, moved, merged_state, grams.get(weight.name), thresholds, exact, why)
         for weight in progress(weights, "decomposing weights")
     )
     trained = [name for name, p in modules[0].named_parameters() if p.is_floating_point()]
@@ -296,13 +296,13 @@ def measure_spectra(
         layers,
         skipped,
         _distance(states[0], states[1], trained),
-        _distance(framed[0], framed[1], trained),
+        _distance(moved[0], moved[1], trained),
         exact,
         "identity" if alignment is None else alignment.method,
     )
 
 
-def _carried(states: Sequence[State], alignment: Alignment | None) -> list[State]:
+def _moved(states: Sequence[State], alignment: Alignment | None) -> list[State]:
     """The states in the common frame.
 
     Raises:
@@ -327,7 +327,7 @@ def _distance(a: State, b: State, names: Sequence[str]) -> float:
 def _measure_layer(
     weight: Weight,
     states: Sequence[State],
-    framed: Sequence[State],
+    moved: Sequence[State],
     merged: State | None,
     gram: Float[Tensor, "blocks columns columns"] | None,
     thresholds: Sequence[float],
@@ -339,7 +339,7 @@ def _measure_layer(
     Args:
         weight: Which matrix.
         states: A and B as they are.
-        framed: A and B in the common frame.
+        moved: A and B in the common frame.
         merged: The merged model, or None.
         gram: Second moment of what A's layer reads, or None.
         thresholds: Values of γ.
@@ -350,11 +350,11 @@ def _measure_layer(
         TransformError: Permutations changed singular values.
     """
     a, b = (factorise(weight.blocks(state)) for state in states)
-    still = [before[weight.name] is after[weight.name] for before, after in zip(states, framed, strict=True)]
-    framed_a = a if still[0] else factorise(weight.blocks(framed[0]))
-    moved = b if still[1] else factorise(weight.blocks(framed[1]))
+    still = [before[weight.name] is after[weight.name] for before, after in zip(states, moved, strict=True)]
+    moved_a = a if still[0] else factorise(weight.blocks(moved[0]))
+    moved_b = b if still[1] else factorise(weight.blocks(moved[1]))
     largest = float(b.values.max())
-    change = float((_descending(b) - _descending(moved)).abs().max()) / largest if largest else 0.0
+    change = float((_descending(b) - _descending(moved_b)).abs().max()) / largest if largest else 0.0
     # Weyl: singular values move by no more than the norm of a backward error, which for Householder bidiagonalisation
     # grows with the matrix's longer side.
     tolerance = 10 * max(a.left.shape[1], a.right.shape[2]) * torch.finfo(torch.float64).eps
@@ -363,16 +363,16 @@ def _measure_layer(
             f"{weight.name}: the permutations change its singular values by {change:.1e}, more than {tolerance:.1e}: "
             "the alignment is not one of this model's"
         )
-    before, after = _pairing(a, b), _pairing(framed_a, moved)
-    directions = framed_a.ordered((after * moved.kept(0.0).unsqueeze(1)).sum(dim=2))
-    blocks = [weight.blocks(state) for state in (*states, *framed)]
+    before, after = _pairing(a, b), _pairing(moved_a, moved_b)
+    directions = moved_a.ordered((after * moved_b.kept(0.0).unsqueeze(1)).sum(dim=2))
+    blocks = [weight.blocks(state) for state in (*states, *moved)]
     merged_blocks = None if merged is None else weight.blocks(merged)
     return LayerSpectrum(
         name=weight.name,
         shape=(a.left.shape[0], a.left.shape[1], a.right.shape[2]),
         values_a=_floats(_descending(a)),
         values_b=_floats(_descending(b)),
-        values_moved=_floats(_descending(moved)),
+        values_moved=_floats(_descending(moved_b)),
         values_merged=None if merged_blocks is None else _floats(_descending(factorise(merged_blocks))),
         unchanged=change,
         tolerance=tolerance,
@@ -380,15 +380,15 @@ def _measure_layer(
             Overlap(
                 threshold,
                 _summed(before, a.kept(threshold), b.kept(threshold)),
-                _summed(after, framed_a.kept(threshold), moved.kept(threshold)),
+                _summed(after, moved_a.kept(threshold), moved_b.kept(threshold)),
                 int(a.kept(threshold).sum()),
                 int(b.kept(threshold).sum()),
             )
             for threshold in thresholds
         ),
         directions=_floats(directions),
-        rank_correlation=rank_correlation(framed_a.ordered(framed_a.values), directions),
-        gains=None if merged_blocks is None else _gains(framed_a, merged_blocks),
+        rank_correlation=rank_correlation(moved_a.ordered(moved_a.values), directions),
+        gains=None if merged_blocks is None else _gains(moved_a, merged_blocks),
         input_shares=None if gram is None else _input_shares(a, gram),
         note=why if gram is None else "",
         distance_before=float((blocks[0] - blocks[1]).norm()),

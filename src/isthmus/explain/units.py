@@ -1,4 +1,4 @@
-"""What became of each unit: does the merged network still hold the feature of A, that of B, both, or neither?
+"""What became of each unit: does the merged network still hold A's feature, B's, both, or neither?
 
 Scores are correlations over all positions of images, and the overlap of the images that excite units most. They are
 measured on other images than those that chose the matching, and each stands beside two floors: the average of the
@@ -51,21 +51,22 @@ class SpaceFates:
         space: Its name.
         names: One letter a model.
         threshold: Correlation from which a merged unit counts as a model's feature.
-        sources: The unit of each model that stands in each slot; of a linear map, which mixes units, the one that
+        sources: The unit of each model that stands in each slot. A linear map mixes units: then it is the unit that
             counts most there, and −1 where no unit of the model stands there at all.
-        before: Mean correlation, over pairs of models, of the units of one number, not matched.
-        matched: The same of matched units.
+        before: Mean correlation, over pairs of models, of units with the same index, as before matching.
+        matched: Mean correlation, over pairs of models, of matched units.
         merged: Correlation of the merged unit with each model's.
-        naive: Correlation of the naive average's unit with each model's of the same number; None without it.
+        naive: Correlation of the naive average's unit with each model's unit of the same index; None where there is no
+            naive average.
         shuffled: Correlation of the merged unit with another unit of each model, drawn at random.
         norm_ratio: Standard deviation of the merged unit over the mean of its models'.
         top: For every network, the images that excite each unit most, most first; empty where images mix.
         overlap: Share of those images, of both together, that the merged unit has in common with each model's.
-        naive_overlap: The same of the naive average.
-        shuffled_overlap: The same of the merged unit with another unit of each model.
+        naive_overlap: The share of images that the naive average's unit has in common with each model's.
+        shuffled_overlap: The share that the merged unit has in common with another unit of each model.
         responses: For every network, each unit's mean over positions in every image, in the common frame (the naive
             average in its own).
-        moves: How each model's units are carried into the common frame.
+        moves: How each model's units are moved into the common frame.
     """
 
     space: str
@@ -110,7 +111,7 @@ class SpaceFates:
 
 
 def _label(correlations: Float[Tensor, "models units"], names: Sequence[str], threshold: float) -> tuple[str, ...]:
-    """Whose feature each unit is: that of every model with which its correlation reaches the threshold."""
+    """Whose feature each unit is: every model's with which its correlation reaches the threshold."""
     told = []
     for column in (correlations >= threshold).T.tolist():
         whose = [f"{name}'s" for name, holds in zip(names, column, strict=True) if holds]
@@ -187,7 +188,7 @@ def measure_units(
         raise InputError(f"{len(modules)} models: units can be told for {len(string.ascii_uppercase)} at most")
     symmetry = symmetry_of(modules[0], alignment.symmetry, None, data)
     networks = [*modules, merged, *([] if naive is None else [naive])]
-    if alignment.folded:  # the frame is that of folded models: gains would tell in how far units vary
+    if alignment.folded:  # the frame is the folded models': gains would tell in how far units vary
         networks = [fold_norm_gains(network, symmetry) for network in networks]
         modules = networks[: len(modules)]
     moments = collect(networks, symmetry, data, at=at)
@@ -281,7 +282,7 @@ def _derangement(units: int, generator: torch.Generator) -> Int[Tensor, " units"
 
 
 def _overlap(first: Int[Tensor, "units top"], second: Int[Tensor, "units top"]) -> Float[Tensor, " units"]:
-    """The size of the intersection of two sets of images over that of their union, unit by unit."""
+    """The size of the intersection of two sets of images over the size of their union, unit by unit."""
     common = (first[:, :, None] == second[:, None, :]).any(dim=2).sum(dim=1).double()
     return common / (2 * first.shape[1] - common)
 

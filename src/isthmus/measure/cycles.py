@@ -110,7 +110,7 @@ def cycle_error(
         raise InputError(f"{len(models)} models: a cycle needs three at least")
     modules = as_modules(models, module)
     name = method if isinstance(method, str) else spell(method)
-    # found[a, b] carries model a into the own frame of model b.
+    # found[a, b] moves model a into the own frame of model b.
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for a, b in progress(list(itertools.permutations(range(len(modules)), 2)), f"{name}, all ordered pairs"):
         found[a, b] = align([modules[b], modules[a]], symmetry, method, data, seed).between(0, 1)

@@ -35,7 +35,7 @@ def merge(
     *,
     module: nn.Module | None = None,
 ) -> nn.Module:
-    """A new module: the models carried into the common frame of the alignment and averaged there.
+    """A new module: the models moved into the common frame of the alignment and averaged there.
 
     Computed in float32 at least and cast to the first model's dtypes. Integer buffers are copied from the first model.
     Where a running variance met a linear map it is reset to one, and `merged.needs_repair` is True: the model must not

@@ -115,7 +115,7 @@ def _find_class(transformers: Any, config: Any) -> Any:
 
 
 def _sub_configs(config: Any) -> list[Any]:
-    """Returns the configurations inside a configuration, as those of a text and an image encoder."""
+    """Returns the configurations inside a configuration, such as a text encoder's and an image encoder's."""
     return [part for part in vars(config).values() if hasattr(part, "to_dict") and hasattr(part, "model_type")]
 
 

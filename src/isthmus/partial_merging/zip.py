@@ -38,7 +38,7 @@ def partial_zip(
     """One module of several models: a merged trunk up to a space, and every model's own layers from there on.
 
     The models may differ above the trunk, in their number of classes for instance. BatchNorms of the trunk whose
-    statistics linear maps left undefined are measured on the data; those of the heads stay as they were, and
+    statistics linear maps left undefined are measured on the data; the heads' stay as they were, and
     `PartialZip.reset` measures them too.
 
     Args:

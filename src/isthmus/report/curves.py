@@ -21,7 +21,7 @@ KINDS = ("naive", "aligned")  # drawn in this order: the aligned curve lies on t
 LABELS = {"naive": "without alignment", "aligned": "aligned"}
 MARKERS = {"naive": "s", "aligned": "o"}  # so that the curves differ without colour, too
 MOST_MARKERS = 25
-# Raw losses may be many times the mended ones. From FAR times on, they leave the picture at HEADROOM times.
+# Raw losses may be many times the repaired ones. From FAR times on, they leave the picture at HEADROOM times.
 FAR, HEADROOM = 4.0, 2.5
 # A rise below this share of the axis is not written into the picture.
 SMALLEST_RISE = 0.03
@@ -36,7 +36,7 @@ STAND_INS = {name: f"#01{index:02x}ef" for index, name in enumerate(LIGHT)}
 def draw_curve(report: Mapping[str, Any], kind: str = "svg", *, pair: int = 0, dark: bool = False) -> bytes:
     """The path between two models of a run as one picture: loss, and beside it accuracy where there is one.
 
-    Solid lines have statistics mended at every λ, dashed ones are raw, the dotted one is straight between the ends,
+    Solid lines have statistics repaired at every λ, dashed ones are raw, the dotted one is straight between the ends,
     and the barrier is shaded.
 
     Args:
@@ -120,12 +120,12 @@ def series(
 
 
 def leaves_picture(curves: Mapping[str, Any]) -> float | None:
-    """The end of the loss axis if a raw loss lies far above the mended ones, else None."""
-    raw, mended = (
+    """The end of the loss axis if a raw loss lies far above the repaired ones, else None."""
+    raw, repaired = (
         [y for kind in KINDS for y in series(curves, kind, "loss", raw=raw)[1] if y is not None]
         for raw in (True, False)
     )
-    top = max(mended, default=0.0)
+    top = max(repaired, default=0.0)
     return HEADROOM * top if max(raw, default=0.0) > FAR * top > 0 else None
 
 
@@ -283,7 +283,7 @@ def _write_rises(
 
 
 def _limit(axes: "Axes", curves: Mapping[str, Any], panel: str) -> None:
-    """Sets the vertical axis: losses from zero to not much above the mended ones, accuracies to 100 % at most."""
+    """Sets the vertical axis: losses from zero to not much above the repaired ones, accuracies to 100 % at most."""
     low, high = axes.get_ylim()
     if panel == "accuracy":
         span = max(high - low, 0.02)

@@ -41,7 +41,7 @@ def draw_correlations(spaces: Sequence[Space], models: Sequence[str]) -> Drawing
 
 
 def draw_variances(spaces: Sequence[Space], *, repaired: bool = True) -> Drawing | None:
-    """Variance of merged units over that of their parents'; at 1 nothing collapsed.
+    """Variance of merged units over their parents' variance; at 1 nothing collapsed.
 
     What was neither repaired nor averaged in another way than the aligned average is not drawn a second time.
     """
@@ -56,8 +56,8 @@ def draw_variances(spaces: Sequence[Space], *, repaired: bool = True) -> Drawing
     aligned, merged = of("aligned"), of("mended")
     pairs = zip(aligned, merged, strict=True)
     if repaired or not all(a is not None and b is not None and math.isclose(a, b, rel_tol=1e-4) for a, b in pairs):
-        series.append(Series("aligned and mended" if repaired else "merged", "mended", "diamond", merged))
-    return _lines(spaces, series, "variance ratio", "Variance of merged units over that of their parents'", 1.0)
+        series.append(Series("aligned and repaired" if repaired else "merged", "mended", "diamond", merged))
+    return _lines(spaces, series, "variance ratio", "Variance of merged units over their parents' variance", 1.0)
 
 
 def draw_labels(spaces: Sequence[Space], models: Sequence[str]) -> Drawing | None:
@@ -102,7 +102,7 @@ def draw_labels(spaces: Sequence[Space], models: Sequence[str]) -> Drawing | Non
 
 
 def label_names(spaces: Sequence[Space], models: Sequence[str]) -> list[str]:
-    """All labels that occur, in the order of a stack: shared, those of several models, those of one, lost."""
+    """All labels that occur, in the order of a stack: shared, of several models, of one, lost."""
     found = {str(name) for space in spaces for key in ("labels", "naive_labels") for name in part(space, key)}
     single = [f"{model}'s" for model in models]
 
@@ -131,7 +131,7 @@ def part(space: Space, key: str) -> Mapping[str, Any]:
 
 
 def known(value: Any, index: int | None = None) -> float | None:
-    """A figure, or that of one model where there is a list; None where it was not measured."""
+    """A figure, or one model's where there is a list; None where it was not measured."""
     if index is None or not isinstance(value, list):
         return finite_number(value) if index in (None, 0) else None
     return finite_number(value[index]) if index < len(value) else None

@@ -15,7 +15,7 @@ CLASSES = {"holds": "yes", "holds partly": "partly", "does not": "no"}
 MOST_SPACES = 1000  # rows of the table
 MOST_LAYERS = 200  # layers whose directions are drawn
 MOST_MAPS = 12
-IN_A_ROW = 300  # pixels of a chart of which three stand in a row
+IN_A_ROW = 300  # pixels of a chart, three of which stand in a row
 LARGE = 0.3  # the threshold that the table of layers names beside 0
 
 
@@ -304,7 +304,7 @@ def _layer(layer: Report, thresholds: Sequence[float], models: Sequence[str]) ->
 
 
 def _ratio(layer: Report) -> float | None:
-    """The share of a layer's input along its top directions over that of chance."""
+    """The share of a layer's input along its top directions over the share that chance gives."""
     share, chance = figures.finite_number(layer.get("input_share")), figures.finite_number(layer.get("input_chance"))
     return share / chance if share is not None and chance else None
 

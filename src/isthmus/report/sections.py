@@ -133,7 +133,7 @@ def _scores(report: Report) -> dict[str, Any] | None:
     found = report.get("scores") or {}
     mended = _spoken_repair(report) or report.get("repair") or ""
     if found.get("naive_mended") is None:
-        mended = ""  # there was nothing to mend
+        mended = ""  # there was nothing to repair
     parents = found.get("parents") or []
     models = [_basename(model) for model in report["models"]]
     average = (report.get("average") or {}).get("name")
@@ -142,7 +142,7 @@ def _scores(report: Report) -> dict[str, Any] | None:
         (f"Parent {index}", models[index] if index < len(models) else "", score, "parent")
         for index, score in enumerate(parents)
     ]
-    merged_note = f"aligned, {averaged}" + (", mended: " if mended else ": ") + "what this run wrote"
+    merged_note = f"aligned, {averaged}" + (", repaired: " if mended else ": ") + "what this run wrote"
     rows += [
         (
             "Ensemble",
@@ -151,7 +151,7 @@ def _scores(report: Report) -> dict[str, Any] | None:
             "reference",
         ),
         ("Naive", "averaged as they are", found.get("naive"), "naive"),
-        ("Naive, mended", "averaged as they are, then mended", found.get("naive_mended"), "naive"),
+        ("Naive, repaired", "averaged as they are, then repaired", found.get("naive_mended"), "naive"),
         ("Aligned", f"aligned, {averaged}", found.get("aligned") if mended else None, "aligned"),
         ("Merged", merged_note, found.get("merged"), "merged"),
     ]

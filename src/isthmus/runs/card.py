@@ -55,7 +55,7 @@ def model_card(recipe: Recipe, report: Mapping[str, Any]) -> str:
     if scores:
         named = [(f"parent {i}", score) for i, score in enumerate(scores["parents"])]
         named += [("ensemble of the parents", scores["ensemble"]), ("average without alignment", scores["naive"])]
-        named += [("the same, mended", scores["naive_mended"]), ("aligned average", scores["aligned"])]
+        named += [("the same, repaired", scores["naive_mended"]), ("aligned average", scores["aligned"])]
         named += [("**this model**", scores["merged"])]
         for name, score in named:
             if score is not None:
@@ -77,7 +77,7 @@ Parents, all of architecture `{recipe.architecture}`:
 
 {parents}
 
-Aligned by {spoken(recipe.align.method)}, averaged by {spoken(recipe.merge_method)}, statistics mended by
+Aligned by {spoken(recipe.align.method)}, averaged by {spoken(recipe.merge_method)}, statistics repaired by
 {report["repair"] or "nothing"}. `recipe.yaml` holds every option; `isthmus merge recipe.yaml -o FOLDER` makes
 this model again.
 {note}

@@ -82,7 +82,7 @@ def load_run(folder: Path) -> FinishedRun:
         alignment = _carried_over(alignment, symmetry)
     merged = load_module(folder / "model.safetensors", inputs.models[0])
     plain = merge(inputs.models, None, "mean", recipe.coefficients)
-    framed = merge(inputs.models, alignment, configure("average", "mean", AVERAGES), recipe.coefficients)
+    aligned = merge(inputs.models, alignment, configure("average", "mean", AVERAGES), recipe.coefficients)
     still = align(inputs.models, symmetry, "identity")
     naive = repair_as_asked(plain, recipe.repair, inputs.calibration, inputs.models, still, recipe.coefficients)
 
@@ -97,7 +97,7 @@ def load_run(folder: Path) -> FinishedRun:
         alignment,
         merged.float().eval(),
         folded(naive),
-        {"naive": folded(plain), "aligned": None if outcome_of(framed).needs_repair else framed},
+        {"naive": folded(plain), "aligned": None if outcome_of(aligned).needs_repair else aligned},
         [folded(model) for model in inputs.models],
         report,
     )

@@ -113,7 +113,7 @@ class Recipe(Strict):
 
 
 def _weight_at(weights: Mapping[str, float], path: str) -> float:
-    """A model's weight at a module path: that of the longest path given that it lies in, else 1."""
+    """A model's weight at a module path: the one given for the longest path that it lies in, else 1."""
     above = [given for given in weights if not given or lies_in(path, given)]
     return weights[max(above, key=len)] if above else 1.0
 

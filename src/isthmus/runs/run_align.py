@@ -1,4 +1,4 @@
-"""Every model carried into the common frame, into a folder."""
+"""Every model moved into the common frame, into a folder."""
 
 import time
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from isthmus.symmetry.groups import keeps_function
 
 
 def run_align(recipe: Recipe, out: Path, *, force: bool = False, command: str = "") -> dict[str, Any]:
-    """Writes every model, carried into the common frame, and the alignment into a folder; returns the report.
+    """Writes every model, moved into the common frame, and the alignment into a folder; returns the report.
 
     Raises:
         CheckpointError: A checkpoint cannot be read, or the folder cannot be written.
