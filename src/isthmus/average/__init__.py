@@ -1,6 +1,6 @@
 """Ways of averaging aligned weights by name. A way is one file with a frozen dataclass, and one line in `AVERAGES`."""
 
-from isthmus.average.base import Average, AveragingProblem
+from isthmus.average.base import Average, Averaged, AveragingProblem
 from isthmus.average.coefficients import Coefficients
 from isthmus.average.dare import Dare
 from isthmus.average.fisher import Fisher
@@ -15,6 +15,7 @@ from isthmus.average.ties import Ties
 __all__ = [
     "AVERAGES",
     "Average",
+    "Averaged",
     "AveragingProblem",
     "Coefficients",
     "Dare",

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from isthmus.average.coefficients import Coefficients
 from isthmus.state import State, first_float
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.groups import keeps_function
-from isthmus.wording import told_by_fields
+from isthmus.wording import counted, told, told_by_fields
 
 
 @dataclass(eq=False)
@@ -26,8 +26,7 @@ class AveragingProblem:
         base: The state of the models' common ancestor in the common frame, or None.
         seed: Seeds everything random.
         models: The models as they were given, not moved; averages that run them use these.
-        alignment: What moved them into the common frame; None if they were not moved.
-        measured: Where an average notes the running statistics that it measured on the merged network itself.
+        alignment: What carried them into the common frame; None if they were not moved.
     """
 
     states: Sequence[State]
@@ -38,7 +37,6 @@ class AveragingProblem:
     seed: int = 0
     models: Sequence[nn.Module] = ()
     alignment: Alignment | None = None
-    measured: set[str] = field(default_factory=set)
 
     __repr__ = told_by_fields
 
@@ -58,6 +56,24 @@ class AveragingProblem:
         return model
 
 
+@dataclass(frozen=True, eq=False)
+class Averaged:
+    """What an average returns.
+
+    Attributes:
+        state: The averaged floating-point tensors, by name.
+        measured: Names of the running statistics that were measured on the merged network itself; all others are as
+            the average left them, and `repair` puts them right.
+    """
+
+    state: dict[str, Tensor]
+    measured: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        measured = f"{len(self.measured)} of them measured" if self.measured else None
+        return told(self, counted(len(self.state), "tensor"), measured)
+
+
 @runtime_checkable
 class Average(Protocol):
     """A way of averaging: a frozen dataclass whose fields are its options.
@@ -74,6 +90,6 @@ class Average(Protocol):
         """What the average needs beside the states."""
         ...
 
-    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
-        """The averaged floating-point tensors."""
+    def __call__(self, aligned: AveragingProblem) -> Averaged:
+        """The averaged floating-point tensors, and which running statistics were measured anew."""
         ...

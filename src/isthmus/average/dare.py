@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from isthmus.average.base import AveragingProblem
+from isthmus.average.base import Averaged, AveragingProblem
 from isthmus.average.task_vectors import add_to_base, check_scale, disjoint_mean, task_vectors, weighted_sum
 from isthmus.errors import InputError
 
@@ -41,7 +40,7 @@ class Dare:
             raise InputError(f"then={self.then!r}: use 'sum' or 'ties'")
         check_scale(self.scale)
 
-    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The merged tensors."""
         generator = torch.Generator().manual_seed(aligned.seed)
         thinned = []
@@ -49,4 +48,4 @@ class Dare:
             kept = {name: torch.rand(step.shape, generator=generator) >= self.drop for name, step in vector.items()}
             thinned.append({name: step * kept[name].to(step.device) / (1 - self.drop) for name, step in vector.items()})
         join = weighted_sum if self.then == "sum" else disjoint_mean
-        return add_to_base(aligned, join(aligned, thinned), self.scale)
+        return Averaged(add_to_base(aligned, join(aligned, thinned), self.scale))

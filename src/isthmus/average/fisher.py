@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.average.base import AveragingProblem
-from isthmus.average.mean import Mean
+from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.mean import weighted_mean
 from isthmus.data.batches import read_batches
 from isthmus.errors import InputError, ModelError
 from isthmus.observe.score import class_scores
@@ -43,7 +43,7 @@ class Fisher:
         if self.samples < 1 or not self.floor > 0:
             raise InputError(f"samples={self.samples}, floor={self.floor}: give at least 1, and a positive number")
 
-    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The merged tensors.
 
         Raises:
@@ -53,7 +53,7 @@ class Fisher:
         """
         if not aligned.is_exact:
             raise InputError("fisher runs the moved models, which linear maps have changed: align by permutations")
-        merged = Mean()(aligned)
+        merged = weighted_mean(aligned)
         information = [self._information(aligned, index) for index in progress(range(len(aligned.states)), "fisher")]
         for name in information[0]:
             weights = aligned.weights(name)
@@ -61,7 +61,7 @@ class Fisher:
             total = torch.stack(own).sum(dim=0)
             values = torch.stack([f * state[name].double() for f, state in zip(own, aligned.states, strict=True)])
             merged[name] = (values.sum(dim=0) / total).to(merged[name].dtype)
-        return merged
+        return Averaged(merged)
 
     def _information(self, aligned: AveragingProblem, index: int) -> dict[str, Tensor]:
         """The floored diagonal of one model's Fisher information, by parameter."""

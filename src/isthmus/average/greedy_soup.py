@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from isthmus.average.base import AveragingProblem
+from isthmus.average.base import Averaged, AveragingProblem
 from isthmus.average.coefficients import Coefficients
-from isthmus.average.mean import Mean
+from isthmus.average.mean import weighted_mean
 from isthmus.data.batches import Batch, split_batches
 from isthmus.errors import InputError
 from isthmus.observe.running_statistics import normalisation_layers, reset_statistics, running_statistics
@@ -44,7 +44,7 @@ class GreedySoup:
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out={self.held_out}: give a share between 0 and 1")
 
-    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The mean of the models taken in.
 
         Raises:
@@ -70,8 +70,8 @@ class GreedySoup:
         model = _mean_of(aligned, chosen)
         if len(chosen) > 1:
             _measured(model, aligned.data)
-        aligned.measured.update(running_statistics(model))
-        return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        return Averaged(state, frozenset(running_statistics(model)))
 
 
 def _counts(coefficients: Coefficients, chosen: Sequence[int]) -> bool:
@@ -96,7 +96,7 @@ def _mean_of(aligned: AveragingProblem, chosen: Sequence[int]) -> nn.Module:
     """The mean of the chosen models; one model alone is itself whatever its weights."""
     if len(chosen) == 1:
         return aligned.network(aligned.states[chosen[0]])
-    merged = Mean()(replace(aligned, coefficients=_restricted(aligned.coefficients, chosen)))
+    merged = weighted_mean(replace(aligned, coefficients=_restricted(aligned.coefficients, chosen)))
     return aligned.network({**aligned.states[0], **merged})
 
 

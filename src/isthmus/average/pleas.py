@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.average.base import AveragingProblem
-from isthmus.average.mean import Mean
+from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.mean import weighted_mean
 from isthmus.data.batches import Batch
 from isthmus.errors import InputError
 from isthmus.graph.sweep import Sweep
@@ -87,24 +87,24 @@ class PLeaS:
         if not (math.isfinite(self.ridge) and self.ridge > 0):
             raise InputError(f"ridge={self.ridge}: give a positive number, such as 1e-4")
 
-    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The fitted tensors.
 
         Raises:
             DataError: No data, or data that cannot be read.
         """
-        merged = Mean()(aligned)
+        merged = weighted_mean(aligned)
         alive = aligned.coefficients.counting
         if len(alive) == 1 and aligned.is_exact:
-            return merged  # one parent alone: nothing to fit
+            return Averaged(merged)  # one parent alone: nothing to fit
         alignment = aligned.alignment
         symmetry = symmetry_of(aligned.models[0], alignment.symmetry if alignment else None, None, aligned.data)
         batches = take(aligned.data, self.samples, merged)
         fitting = Fitting(self, aligned, symmetry, batches, alive)
         integers = {name: t for name, t in aligned.states[0].items() if name not in merged}
         fitted = fitting.run(merged | integers)
-        aligned.measured.update(fitting.measured)
-        return {name: fitted[name].to(tensor.dtype) for name, tensor in merged.items()}
+        state = {name: fitted[name].to(tensor.dtype) for name, tensor in merged.items()}
+        return Averaged(state, frozenset(fitting.measured))
 
 
 @dataclass(eq=False)

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from isthmus.average.base import AveragingProblem
-from isthmus.average.mean import Mean
+from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.mean import weighted_mean
 from isthmus.errors import InputError
 from isthmus.graph.reader import node_shapes, observe_batch, program_for
 from isthmus.observe.given import symmetry_of
@@ -50,7 +50,7 @@ class RegMean:
                 f"samples={self.samples}, rows={self.rows}, shrink={self.shrink}: give 1 or more, and a share"
             )
 
-    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The merged tensors.
 
         Raises:
@@ -59,14 +59,14 @@ class RegMean:
         """
         if not aligned.is_exact:
             raise InputError("regmean runs the moved models, which linear maps have changed: use average='pleas'")
-        merged = Mean()(aligned)
+        merged = weighted_mean(aligned)
         alignment = aligned.alignment
         symmetry = symmetry_of(aligned.models[0], alignment.symmetry if alignment else None, None, aligned.data)
         layers = [
             layer for layer in layers_of(symmetry) if sum(c != 0 for c in aligned.weights(layer.contraction.weight)) > 1
         ]
         if not layers:
-            return merged
+            return Averaged(merged)
         grams = [
             self._grams(aligned, index, symmetry, layers) for index in progress(range(len(aligned.states)), "regmean")
         ]
@@ -87,7 +87,7 @@ class RegMean:
                 steady = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
                 blocks.append(torch.linalg.solve(steady, (answer + ridge * prior).T).T)
             merged[name] = torch.cat(blocks).view(merged[name].shape).to(merged[name].dtype)
-        return merged
+        return Averaged(merged)
 
     def _grams(
         self, aligned: AveragingProblem, index: int, symmetry: Symmetry, layers: list[Layer]

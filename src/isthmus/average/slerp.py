@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.average.base import AveragingProblem
+from isthmus.average.base import Averaged, AveragingProblem
 from isthmus.errors import InputError
 
 # Directions whose cosine is above this are so near that the arc is a line.
@@ -31,7 +31,7 @@ class Slerp:
         """Nothing but the weights."""
         return ""
 
-    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The interpolated tensors.
 
         Raises:
@@ -52,7 +52,7 @@ class Slerp:
                 _along_arc(first.double(), last, share) if name in trained else torch.lerp(first.double(), last, share)
             )
             merged[name] = mixed.to(first.dtype)
-        return merged
+        return Averaged(merged)
 
 
 def _along_arc(first: Float[Tensor, "*shape"], last: Float[Tensor, "*shape"], share: float) -> Float[Tensor, "*shape"]:

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from isthmus.average.base import AveragingProblem
+from isthmus.average.base import Averaged, AveragingProblem
 from isthmus.average.task_vectors import add_to_base, check_scale, task_vectors, weighted_sum
 
 
@@ -33,6 +31,6 @@ class TaskArithmetic:
     def __post_init__(self) -> None:
         check_scale(self.scale)
 
-    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The merged tensors."""
-        return add_to_base(aligned, weighted_sum(aligned, task_vectors(aligned)), self.scale)
+        return Averaged(add_to_base(aligned, weighted_sum(aligned, task_vectors(aligned)), self.scale))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from isthmus.average.base import AveragingProblem
-from isthmus.average.mean import Mean
+from isthmus.average.mean import weighted_mean
 from isthmus.errors import InputError
 
 TaskVector = dict[str, Tensor]
@@ -42,7 +42,7 @@ def task_vectors(aligned: AveragingProblem) -> list[TaskVector]:
 def add_to_base(aligned: AveragingProblem, moved: TaskVector, scale: float) -> dict[str, Tensor]:
     """The base plus `scale` times a task vector; running statistics and other buffers are plain means."""
     assert aligned.base is not None
-    merged = Mean()(aligned)
+    merged = weighted_mean(aligned)
     for name, step in moved.items():
         merged[name] = (aligned.base[name].double() + scale * step).to(merged[name].dtype)
     return merged

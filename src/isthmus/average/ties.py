@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from isthmus.average.base import AveragingProblem
+from isthmus.average.base import Averaged, AveragingProblem
 from isthmus.average.task_vectors import TaskVector, add_to_base, check_scale, disjoint_mean, task_vectors
 from isthmus.errors import InputError
 
@@ -37,10 +36,10 @@ class Ties:
             raise InputError(f"density={self.density}: give a share above 0 and up to 1")
         check_scale(self.scale)
 
-    def __call__(self, aligned: AveragingProblem) -> dict[str, Tensor]:
+    def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The merged tensors."""
         trimmed = [_trim(vector, self.density) for vector in task_vectors(aligned)]
-        return add_to_base(aligned, disjoint_mean(aligned, trimmed), self.scale)
+        return Averaged(add_to_base(aligned, disjoint_mean(aligned, trimmed), self.scale))
 
 
 def _trim(vector: TaskVector, density: float) -> TaskVector:

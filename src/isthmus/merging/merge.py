@@ -97,13 +97,14 @@ def merge(
     if base_state is not None and alignment is not None and alignment.folded:
         base_state = fold_state(base_state, alignment.symmetry)
     aligned = AveragingProblem(states, weights, architecture, data, base_state, seed, modules, alignment)
-    merged = configured(aligned)
+    averaged = configured(aligned)
+    merged = dict(averaged.state)
     # A tied tensor has several names, and the averages answer for its first: loading them all, the last would count.
     merged |= {alias: merged[name] for alias, name in tied_names(architecture).items() if name in merged}
-    undefined -= aligned.measured
+    undefined -= averaged.measured
     merged |= {name: torch.ones_like(merged[name]) for name in undefined}
     result = _finish(architecture, merged)
-    measured = running_statistics(result) <= aligned.measured
+    measured = running_statistics(result) <= averaged.measured
     note_outcome(result, needs_repair=bool(undefined), statistics_measured=measured)
     return result
 
