@@ -117,7 +117,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(spec, abse
 
 def test_the_library_itself_imports_none_of_them():
     code = (
-        "import sys, isthmus, isthmus.cli, isthmus.pipeline\n"
+        "import sys, isthmus, isthmus.cli, isthmus.runs.run_merge\n"
         "print({'transformers', 'timm', 'torchvision'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -43,18 +43,18 @@ def told(item: object, *facts: str | None) -> str:
     return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 2]}…)"
 
 
-def told_by_fields(item: object) -> str:
+def told_by_fields(self: object) -> str:
     """`Name(field=value, …)` of a dataclass, in at most 200 characters: arrays by their shapes, lists by their lengths.
 
     Fields that are at their default are left out. For use as `__repr__`.
     """
-    assert dataclasses.is_dataclass(item)
+    assert dataclasses.is_dataclass(self)
     shown: list[str] = []
-    for field in dataclasses.fields(item):
-        value: object = getattr(item, field.name)
+    for field in dataclasses.fields(self):
+        value: object = getattr(self, field.name)
         if field.repr and not _is_default(field, value):
             shown.append(f"{field.name}={_in_short(value)}")
-    return told(item, *shown)
+    return told(self, *shown)
 
 
 def _is_default(field: "dataclasses.Field[object]", value: object) -> bool:

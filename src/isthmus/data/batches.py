@@ -25,9 +25,9 @@ TARGET_KEYS = ("labels", "label", "targets")
 class Batch:
     """One batch: the model's positional and keyword inputs, and the targets where the data has them."""
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    targets: Any = None
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    targets: object = None
 
     __repr__ = told_by_fields
 

@@ -62,7 +62,7 @@ class Gallery:
     """
 
     chosen: Mapping[str, tuple[Chosen, ...]]
-    pictures: Mapping[str, Mapping[str, Any]]
+    pictures: Mapping[str, Mapping[str, object]]
     seconds: float
 
 

@@ -34,13 +34,13 @@ class Program:
 
     exported: ExportedProgram
     module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
     parameters: dict[str, str] = field(default_factory=dict)
-    constants: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, object] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
     fixed_size: bool = False
-    _recaptured: dict[tuple[Any, ...], "Program"] = field(default_factory=dict)
+    _recaptured: dict[tuple[tuple[int, ...], ...], "Program"] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         nodes, inputs = counted(len(self.graph.nodes), "node"), counted(len(self.inputs), "input")

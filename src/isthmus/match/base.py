@@ -39,8 +39,8 @@ class MatchingProblem:
     data: Any = None
     seed: int = 0
     symmetries: Sequence[Symmetry] = ()
-    _joint: dict[str, dict[str, JointMoments]] = field(default_factory=dict, repr=False)
-    _moments: dict[str, Moments] = field(default_factory=dict, repr=False)
+    _joint: dict[str, dict[str, JointMoments]] = field(default_factory=dict[str, dict[str, JointMoments]], repr=False)
+    _moments: dict[str, Moments] = field(default_factory=dict[str, Moments], repr=False)
 
     __repr__ = told_by_fields
 

@@ -175,7 +175,7 @@ def _parts_of(batch: Batch, size: int) -> list[Batch]:
     return [between(start, end) for start, end in pairwise(bounds)]
 
 
-def combine(states: Sequence[State], coefficients: Sequence[float]) -> dict[str, Tensor]:
+def mix_states(states: Sequence[State], coefficients: Sequence[float]) -> dict[str, Tensor]:
     """Σ_m c_m W_m; tensors that are no floating-point numbers are the first state's."""
     merged = {}
     for name, tensor in states[0].items():

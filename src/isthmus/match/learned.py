@@ -18,10 +18,10 @@ from isthmus.match.coordinate_ascent import best_of_starts
 from isthmus.match.gradient_search import (
     TaskLoss,
     check_search,
-    combine,
     follow,
     gradients_of,
     matrices,
+    mix_states,
     move_softly,
     search,
 )
@@ -141,13 +141,13 @@ class Learned(PairwiseMethod):
             low, high = LAMBDAS
             t = low + (high - low) * float(torch.rand((), generator=generator))
             state = move_softly(moved, latents.maps(), symmetry)
-            loss = task.at(combine([fixed, state], [1 - t, t]), batches.next())
+            loss = task.at(mix_states([fixed, state], [1 - t, t]), batches.next())
             leaves = list(latents.free.values())
             return follow(optimizer, leaves, gradients_of(loss, leaves))
 
         def judge(transforms: Sequence[Transforms]) -> float:
             state = move_state(moved, transforms[0], symmetry, reset_variances=True)
-            return task.held_out(combine([fixed, state], [0.5, 0.5]))
+            return task.held_out(mix_states([fixed, state], [0.5, 0.5]))
 
         steps = max(1, round(self.steps * self.budget))
         found = search([start], judge, step, lambda: [latents.transforms()], steps, "learned matching")

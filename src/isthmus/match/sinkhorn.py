@@ -17,10 +17,10 @@ from isthmus.match.coordinate_ascent import best_of_starts
 from isthmus.match.gradient_search import (
     TaskLoss,
     check_search,
-    combine,
     follow,
     gradients_of,
     matrices,
+    mix_states,
     move_softly,
     search,
     working_states,
@@ -152,7 +152,7 @@ class Sinkhorn(PairwiseMethod):
             t = 0.5
             if self.loss == "random":
                 t = float(torch.rand((), generator=generator))
-            return task.at(combine([fixed, state], [1 - t, t]), batches.next())
+            return task.at(mix_states([fixed, state], [1 - t, t]), batches.next())
 
         def step() -> bool:
             maps = {name: _doubly_stochastic(x, self.temperature, self.iterations) for name, x in latents.items()}
@@ -165,7 +165,7 @@ class Sinkhorn(PairwiseMethod):
             if task is None:
                 return float(_squared_distance(fixed, state, names))
             places = LAMBDAS if self.loss == "random" else (0.5,)
-            return sum(task.held_out(combine([fixed, state], [1 - t, t])) for t in places) / len(places)
+            return sum(task.held_out(mix_states([fixed, state], [1 - t, t])) for t in places) / len(places)
 
         steps = max(1, round(self.steps * self.budget))
         found = search([start], judge, step, lambda: [_rounded(latents)], steps, "sinkhorn")

@@ -13,7 +13,7 @@ from torch import Tensor
 from isthmus.errors import InputError
 from isthmus.match.base import Match, MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import coordinate_ascent, pair_by_weights
-from isthmus.match.gradient_search import TaskLoss, check_search, combine, follow, gradients_of, search
+from isthmus.match.gradient_search import TaskLoss, check_search, follow, gradients_of, mix_states, search
 from isthmus.match.pairwise import all_to_one
 from isthmus.match.weight_objective import WeightObjective
 from isthmus.symmetry.alignment import Alignment
@@ -98,7 +98,7 @@ class STE(Match):
 
         def judge(transforms: Sequence[Transforms]) -> float:
             moved = [task.moved(index, each) for index, each in enumerate(transforms)]
-            return task.held_out(combine(moved, [1 / count] * count))
+            return task.held_out(mix_states(moved, [1 / count] * count))
 
         steps = max(1, round(self.steps * self.budget))
         found = search(start, judge, walk.step, lambda: walk.transforms, steps, "straight-through estimator")
@@ -147,7 +147,7 @@ class Walk:
         """Moves the free weights along the gradient, and projects them; False if the gradient is no number."""
         count = len(self.moved)
         weights = [0.5, 0.5] if count == 2 else self.rng.dirichlet(np.ones(count)).tolist()
-        merged = combine(self.moved, weights)
+        merged = mix_states(self.moved, weights)
         leaves = [merged[name].requires_grad_() for name in self.names]
         loss = self.task.at(merged, self.batches.next())
         gradients = gradients_of(loss, leaves)

@@ -18,7 +18,7 @@ from isthmus.models.source import Source
 EXAMPLE = "isthmus_example"
 
 
-def build_from_program(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _build_from_program(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Returns an exported program as a module with the state dict of what it was exported from.
 
     Such a file is code: its expressions are evaluated while it is read. Load only files that you trust.
@@ -92,7 +92,7 @@ def example_in_program(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any
 SOURCE = Source(
     prefix="pt2",
     example="FILE.pt2",
-    build=build_from_program,
+    build=_build_from_program,
     is_path=True,
     suffix=".pt2",
 )

@@ -14,7 +14,7 @@ from isthmus.models.source import Source
 from isthmus.registry import did_you_mean
 
 
-def build_from_timm(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _build_from_timm(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Returns `timm.create_model(name, pretrained=False, **arguments)`, which also states its images' shape.
 
     Raises:
@@ -51,6 +51,6 @@ def build_from_timm(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Mo
 SOURCE = Source(
     prefix="timm",
     example="timm:NAME",
-    build=build_from_timm,
+    build=_build_from_timm,
     takes_arguments=True,
 )

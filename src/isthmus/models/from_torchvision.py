@@ -38,7 +38,7 @@ def import_torchvision() -> Any:
     return importlib.import_module("torchvision")
 
 
-def build_from_torchvision(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _build_from_torchvision(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Returns `torchvision.models.get_model(name, weights=None, **arguments)`, which also states its images' shape.
 
     Raises:
@@ -71,6 +71,6 @@ def build_from_torchvision(spec: str, name: str, arguments: Mapping[str, Any]) -
 SOURCE = Source(
     prefix="torchvision",
     example="torchvision:NAME",
-    build=build_from_torchvision,
+    build=_build_from_torchvision,
     takes_arguments=True,
 )

@@ -41,7 +41,7 @@ TOKENS = 16  # of an example sentence, where the model can read as many
 FRAMES = 16  # that an example recording has after the strides of a convolutional encoder
 
 
-def build_from_folder(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _build_from_folder(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """Returns the model that the `config.json` in a folder describes, with random weights, in the folder's dtype.
 
     It is of the class that the configuration names (`architectures`), else of the one that `AutoModel` takes, and
@@ -315,6 +315,6 @@ def _waveform(config: Any, samples: int, generator: torch.Generator) -> Tensor |
 SOURCE = Source(
     prefix="hf",
     example="hf:DIRECTORY",
-    build=build_from_folder,
+    build=_build_from_folder,
     is_path=True,
 )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -22,7 +21,7 @@ class Source:
 
     prefix: str
     example: str
-    build: Callable[[str, str, Mapping[str, Any]], nn.Module]
+    build: Callable[[str, str, Mapping[str, object]], nn.Module]
     is_path: bool = False
     suffix: str = ""
     takes_arguments: bool = False

@@ -139,7 +139,3 @@ MONTHS = (
 def plural(count: int, one: str, many: str | None = None) -> str:
     """A count and its noun: 1 axis, 3 axes."""
     return f"{whole(count)} {one if count == 1 else many or one + 's'}"
-
-
-# What templates use by name.
-FILTERS = {each.__name__: each for each in (decimal, duration, moment, percent, plural, points, power, whole)}

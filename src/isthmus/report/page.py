@@ -99,6 +99,16 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FunctionLoader(_source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(figures.FILTERS)
+    filters = (
+        figures.decimal,
+        figures.duration,
+        figures.moment,
+        figures.percent,
+        figures.plural,
+        figures.points,
+        figures.power,
+        figures.whole,
+    )
+    environment.filters |= {each.__name__: each for each in filters}
     environment.globals["ABSENT"] = figures.ABSENT
     return environment

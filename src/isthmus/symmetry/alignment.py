@@ -1,9 +1,12 @@
 """The alignment that moves every model into one common frame, and how it is applied and kept."""
 
+# torch and numpy leave the types of from_numpy, linalg and all() open.
+# pyright: reportUnknownMemberType=false
+
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +47,7 @@ class Alignment:
     upper_bound: float | None = None
     converged: bool = True
     seconds: float = 0.0
-    details: Mapping[str, object] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict[str, object])
     symmetries: tuple[Symmetry, ...] = ()
     folded: bool = False
 
@@ -119,7 +122,7 @@ class Alignment:
     def rebased(self, reference: int = 0) -> "Alignment":
         """The same alignment with the common frame moved to model `reference`, which then does not move."""
         moved = tuple(self.between(reference, index) for index in range(len(self)))
-        return Alignment(**{**vars(self), "transforms": moved, "symmetry": self.own_symmetry(reference)})
+        return replace(self, transforms=moved, symmetry=self.own_symmetry(reference))
 
     def save(self, path: str | Path) -> None:
         """Writes the alignment as safetensors, its facts as JSON in the header.

@@ -1,5 +1,8 @@
 """Gauges: signs, scales and turns that units are free to take, and the ones that are taken for canonical."""
 
+# torch and numpy leave the types of from_numpy, linalg and all() open.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 import copy
 from collections.abc import Callable, Mapping
 

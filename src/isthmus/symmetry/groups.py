@@ -1,5 +1,8 @@
 """Groups that act: random elements, the element nearest to a matrix, and whether a transform belongs."""
 
+# torch and numpy leave the types of from_numpy, linalg and all() open.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 import numpy as np
 import torch
 from jaxtyping import Float

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from isthmus.errors import SymmetryError
@@ -33,7 +34,7 @@ class Symmetry:
     spaces: tuple[Space, ...]
     frozen: tuple[Frozen, ...]
     shapes: Mapping[str, tuple[int, ...]]
-    tied: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict[str, str])
     untouched: tuple[str, ...] = ()
     gains: tuple[Gain, ...] = ()
     gauges: tuple[Gauge, ...] = ()
@@ -177,10 +178,7 @@ class Symmetry:
                 shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
                 tied=data["tied"],
                 untouched=tuple(data["untouched"]),
-                gains=tuple(
-                    Gain(**{**gain, "consumers": tuple(Consumer(**each) for each in gain["consumers"])})
-                    for gain in data.get("gains", ())
-                ),
+                gains=tuple(_decode_gain(gain) for gain in data.get("gains", ())),
                 gauges=tuple(
                     Gauge(gauge["space"], gauge["kind"], tuple(decode_site(site) for site in gauge.get("sites", ())))
                     for gauge in data.get("gauges", ())
@@ -194,11 +192,17 @@ class Symmetry:
     @property
     def hash(self) -> str:
         """SHA-256 of what a transform depends on: the spaces and their sites, in whatever order they are listed."""
-        spaces = json.loads(self.to_json())["spaces"]
+        spaces: list[dict[str, Any]] = json.loads(self.to_json())["spaces"]
         for space in spaces:
-            space["sites"].sort(key=lambda site: (site["parameter"], site["dims"]))
-        spaces.sort(key=lambda space: space["name"])
+            space["sites"].sort(key=itemgetter("parameter", "dims"))
+        spaces.sort(key=itemgetter("name"))
         return hashlib.sha256(json.dumps(spaces, sort_keys=True).encode()).hexdigest()
+
+
+def _decode_gain(data: Mapping[str, Any]) -> Gain:
+    """The gain that `dataclasses.asdict` made plain."""
+    fields: dict[str, Any] = {**data, "consumers": tuple(Consumer(**each) for each in data["consumers"])}
+    return Gain(**fields)
 
 
 def check_counterpart(frame: Symmetry, own: Symmetry, who: str) -> None:

@@ -4,6 +4,9 @@ The one convention: `indices[i] = j` puts unit j of the moved model into slot i 
 `indices` of shape `[copies, size]`; the parent acts first, and row c is the copy that stands in slot c of the frame.
 """
 
+# torch and numpy leave the types of from_numpy, linalg and all() open.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

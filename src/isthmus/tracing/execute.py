@@ -64,7 +64,7 @@ class Tracing:
     """
 
     units: UnitTable = field(default_factory=UnitTable)
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
     parameters: dict[str, Value] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
     batch_norms: list[BatchNorm] = field(default_factory=list)
@@ -101,8 +101,8 @@ class Rules:
 
     table: dict[str, Rule]
     is_pointwise: Callable[[OpOverload], bool]
-    mutate: Callable[[Tracing, fx.Node, Any], None]
-    spread: Callable[[Tracing, fx.Node, SimpleNamespace, Rule, bool], Any]
+    mutate: Callable[[Tracing, fx.Node, object], None]
+    spread: Callable[[Tracing, fx.Node, SimpleNamespace, Rule, bool], object]
     views: frozenset[Rule]
 
     def rule_for(self, op: OpOverload) -> Rule | None:
@@ -274,7 +274,11 @@ def freeze_names(units: UnitTable, value: Value) -> None:
 
 def _read(tracing: Tracing, argument: Any) -> Any:
     """A graph argument with nodes replaced by their values."""
-    return map_arg(argument, lambda node: tracing.values[node.name])
+
+    def value_of(node: fx.Node) -> Any:
+        return tracing.values[node.name]
+
+    return map_arg(argument, value_of)
 
 
 def bind(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> SimpleNamespace:

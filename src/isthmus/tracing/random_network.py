@@ -234,8 +234,8 @@ class Sample:
 
     network: nn.Module
     state: Mapping[str, Tensor]
-    args: Sequence[Any]
-    named: Mapping[str, Any]
+    args: Sequence[object]
+    named: Mapping[str, object]
     expected: Sequence[Tensor]
 
     def change(self, state: Mapping[str, Tensor]) -> float:

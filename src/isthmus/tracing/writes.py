@@ -48,7 +48,8 @@ def mutate(tracing: Tracing, node: fx.Node, result: Any) -> None:
     for name in family:
         for value in values_in(tracing.values[name]):
             freeze_value(tracing.units, value, "a part of it is written over", expected=False)
-        tracing.values[name] = map_aggregate(tracing.values[name], lambda item: _rigidified(tracing.units, item))
+        held: Any = tracing.values[name]
+        tracing.values[name] = map_aggregate(held, lambda item: _rigidified(tracing.units, item))
 
 
 def _rebuild(tracing: Tracing, node: fx.Node, target: fx.Node, result: Value) -> bool:
@@ -68,7 +69,8 @@ def _rebuild(tracing: Tracing, node: fx.Node, target: fx.Node, result: Value) ->
     for view in chain:
         dim, start, _ = _part_of(tracing, view)
         outer = view.all_input_nodes[0]
-        value: Value = tracing.values[outer.name]
+        value = tracing.values[outer.name]
+        assert isinstance(value, Value)  # `_part_of` tells only of what is a part of one tensor
         if len(result.shape) < len(value.shape):
             result = unsqueeze(result, dim)
         result = _overwrite(tracing.units, value, result, dim, start)
