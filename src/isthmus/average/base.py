@@ -26,7 +26,7 @@ class AveragingProblem:
         base: The state of the models' common ancestor in the common frame, or None.
         seed: Seeds everything random.
         models: The models as they were given, not moved; averages that run them use these.
-        alignment: What carried them into the common frame; None if they were not moved.
+        alignment: What moved them into the common frame; None if they were not moved.
     """
 
     states: Sequence[State]

@@ -16,7 +16,7 @@ from isthmus.models.hugging_face import from_file_names, is_hugging_face
 
 
 def load_weights(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint under the names that a model has them by.
+    """The tensors of a checkpoint under the names that a model has them by.
 
     These are the file's own names, but for Hugging Face models, whose files may hold other names, shapes and orders of
     rows than their modules do: a file for one is read as transformers reads it.
@@ -33,7 +33,7 @@ def load_weights(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_module(path: str | Path, model: nn.Module) -> nn.Module:
-    """Returns a copy of a model, in eval mode, with the weights of a checkpoint.
+    """A copy of a model, in eval mode, with the weights of a checkpoint.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -52,7 +52,7 @@ def load_module(path: str | Path, model: nn.Module) -> nn.Module:
 
 
 def check_state(state: Mapping[str, Any], model: nn.Module, where: str) -> dict[str, Tensor]:
-    """Returns a state dict's tensors under the model's names and in its order, after checking that they fit.
+    """A state dict's tensors under the model's names and in its order, after checking that they fit.
 
     Dtypes stay as they are (float16 weights fit a float32 model). Names tied in the model may be given once; a
     wrapper's prefix (`module.`, `_orig_mod.`) may be on either side. `where` opens the messages: a file, "model 1".
@@ -125,7 +125,7 @@ def _check_kinds(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
 
 
 def _kind(value: Tensor) -> str:
-    """Returns what of a dtype must agree: precision may differ, but float8 or int8 weights wait for their scales."""
+    """The part of a dtype that must agree: precision may differ, but float8 or int8 weights wait for their scales."""
     if value.dtype in FLOATS:
         return "float"
     if value.dtype.is_complex:

@@ -14,7 +14,7 @@ from isthmus.errors import CheckpointError
 
 
 def hash_file(path: str | Path) -> str:
-    """Returns the SHA-256, in hex, of a file, or of the weights in a folder: an index and its shards, sorted by name.
+    """The SHA-256, in hex, of a file, or of the weights in a folder: an index and its shards, sorted by name.
 
     Raises:
         CheckpointError: nothing is there, or it cannot be read.
@@ -34,7 +34,7 @@ def hash_file(path: str | Path) -> str:
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:
-    """Returns the SHA-256, in hex, of names, dtypes, shapes and values; not of their order, device or strides.
+    """The SHA-256, in hex, of names, dtypes, shapes and values; not of their order, device or strides.
 
     Raises:
         CheckpointError: a value is no dense tensor of a dtype that can be stored.

@@ -32,14 +32,14 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _line(text: object) -> str:
-    """Returns a text on one line and short: what other libraries raise spans paragraphs."""
+    """A text on one line and short: what other libraries raise spans paragraphs."""
     line = " ".join(str(text).split()) or type(text).__name__
     line = "".join(letter if letter.isprintable() else "?" for letter in line)  # they quote names raw
     return line if len(line) <= 200 else line[:200] + "…"
 
 
 def _quoted(text: object) -> str:
-    """Returns a name as a Python string: names come from files, and a newline in one must not reach the terminal."""
+    """A name as a Python string: names come from files, and a newline in one must not reach the terminal."""
     return repr(str(text))
 
 
@@ -53,7 +53,7 @@ def _named(names: Iterable[object]) -> str:
 
 
 def _plain(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
-    """Returns a mapping's tensors, detached, if it is nothing but dense tensors by name."""
+    """A mapping's tensors, detached, if it is nothing but dense tensors by name."""
     for name, value in content.items():
         what = type(value).__name__
         if isinstance(name, str) and isinstance(value, Tensor):
@@ -67,7 +67,7 @@ def _plain(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
 
 
 def _wrapping(names: Iterable[str]) -> str:
-    """Returns the prefix, of wrapping modules only, that all names have."""
+    """The prefix, of wrapping modules only, that all names have."""
     names, prefix = list(names), ""
     while added := [part for part in WRAPPERS if names and all(name.startswith(prefix + part) for name in names)]:
         prefix += added[0]
@@ -81,5 +81,5 @@ def _dtype(name: str, value: Tensor) -> str:
 
 
 def _sibling(target: Path, end: str) -> Path:
-    """Returns a name, free by chance, in the same folder: a rename across file systems would be a copy."""
+    """A name, free by chance, in the same folder: a rename across file systems would be a copy."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{end}")

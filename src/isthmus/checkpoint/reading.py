@@ -26,7 +26,7 @@ CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "modu
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint by name, on the CPU, in the file's dtypes.
+    """The tensors of a checkpoint by name, on the CPU, in the file's dtypes.
 
     Reads `.safetensors`; sharded safetensors, named by their `.index.json`; a folder that holds either; and
     `.pt`, `.pth`, `.bin`, `.ckpt`, where a state dict inside a training checkpoint is found and the prefix that
@@ -47,7 +47,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Returns the text metadata of one safetensors file.
+    """The text metadata of one safetensors file.
 
     Raises:
         CheckpointError: nothing is there, it is damaged or no safetensors file.
@@ -77,7 +77,7 @@ def convert_trusted(path: str | Path, out: str | Path) -> None:
 
 
 def _locate(path: Path) -> Path:
-    """Returns the file to read first: the path itself, or the weights in a folder."""
+    """The file to read first: the path itself, or the weights in a folder."""
     if os.path.isdir(path):
         found = next((path / name for name in (SINGLE, INDEX) if (path / name).is_file()), None)
         if found is None:
@@ -90,7 +90,7 @@ def _locate(path: Path) -> Path:
 
 
 def _read(path: Path, reader: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Returns what a reader finds in one file; whatever a damaged file makes it raise becomes one line."""
+    """What a reader finds in one file; whatever a damaged file makes it raise becomes one line."""
     try:
         state = reader(path)
     except CheckpointError:
@@ -104,7 +104,7 @@ def _read(path: Path, reader: Callable[[Path], dict[str, Any]]) -> dict[str, Any
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object as a dict; Python would silently keep the last of two equal keys."""
+    """A JSON object as a dict; Python would silently keep the last of two equal keys."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
@@ -148,7 +148,7 @@ def _read_sharded(index: Path) -> dict[str, Tensor]:
 
 
 def _shards(index: Path) -> dict[Path, set[str]]:
-    """Returns the shards that an index names, in order, each with its tensors' names; all lie in the index's folder."""
+    """The shards that an index names, in order, each with its tensors' names; all lie in the index's folder."""
     try:
         content = json.loads(index.read_bytes(), object_pairs_hook=_unique)
     except (OSError, ValueError, RecursionError) as error:
@@ -201,7 +201,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _find_state(content: object, path: Path) -> dict[str, Tensor]:
-    """Returns the state dict inside what a pickle held: a module, a state dict, or containers around either."""
+    """The state dict inside what a pickle held: a module, a state dict, or containers around either."""
     seen: set[int] = set()  # a hostile pickle may contain itself
     while id(content) not in seen:
         seen.add(id(content))

@@ -74,7 +74,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def _bytes(value: Tensor) -> memoryview:
-    """Returns a tensor's bytes in row-major order, without a copy where it is contiguous on the CPU."""
+    """A tensor's bytes in row-major order, without a copy where it is contiguous on the CPU."""
     value = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return value.reshape(-1).view(torch.uint8).numpy().data
 

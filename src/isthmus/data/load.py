@@ -46,7 +46,7 @@ BLOCK = 128  # characters in a window of text
 
 
 def load_data(name: str | Path, folder: str | Path | None = None, *, block: int = BLOCK) -> DataSet:
-    """Returns a data set by name, or from a FILE.npz with x_train, y_train, x_test and y_test.
+    """A data set by name, or from a FILE.npz with x_train, y_train, x_test and y_test.
 
     Names: digits (embedded in scikit-learn; 1,437 for training and 360 for test, fixed), mnist, fashion_mnist,
     cifar10, cifar100 and tinyshakespeare (the first 90 % is for training). All but digits are read from a folder that

@@ -68,16 +68,16 @@ class Batches:
             yield normalise(self.x[indices], self.mean, self.std), self.y[indices].long()
 
     def take(self, samples: int) -> "Batches":
-        """Returns the same batches stopped after the first `samples` samples (or all, if there are fewer)."""
+        """The same batches stopped after the first `samples` samples (or all, if there are fewer)."""
         indices = self.indices[: max(samples, 0)]
         return Batches(self.x, self.y, self.batch_size, mean=self.mean, std=self.std, indices=indices)
 
     def halved(self) -> "Batches":
-        """Returns the same samples in two batches."""
+        """The same samples in two batches."""
         return self.in_batches(math.ceil(len(self.indices) / 2))
 
     def in_batches(self, batch_size: int) -> "Batches":
-        """Returns the same samples in batches of another size.
+        """The same samples in batches of another size.
 
         Raises:
             InputError: the size is not positive.
@@ -140,7 +140,7 @@ class DataSet:
         indices: Int64[Tensor, " chosen"] | None = None,
         seed: int | None = None,
     ) -> Batches:
-        """Returns batches of the training part without the `holdout` samples that `validation` has.
+        """Batches of the training part without the `holdout` samples that `validation` has.
 
         Args:
             batch_size: samples a batch.
@@ -155,7 +155,7 @@ class DataSet:
         return self._batches(self.train_indices(holdout, indices), batch_size, seed)
 
     def validation(self, batch_size: int = 500, *, holdout: int) -> Batches:
-        """Returns batches of `holdout` samples of the training part, the same at every call.
+        """Batches of `holdout` samples of the training part, the same at every call.
 
         Images are spread over the classes in their proportions; of a text it is the end. A smaller part lies inside
         every larger one.
@@ -167,7 +167,7 @@ class DataSet:
         return self._batches(self._parts(holdout)[1], batch_size, None)
 
     def test(self, batch_size: int = 500, *, seed: int | None = None) -> Batches:
-        """Returns batches of the test part: for the final number, never for a choice.
+        """Batches of the test part: for the final number, never for a choice.
 
         Args:
             batch_size: samples a batch.
@@ -176,7 +176,7 @@ class DataSet:
         return Batches(self.x_test, self.y_test, batch_size, mean=self.mean, std=self.std, seed=seed)
 
     def train_indices(self, holdout: int = 0, indices: Int64[Tensor, " chosen"] | None = None) -> Int64[Tensor, " _"]:
-        """Returns the training samples that are not held out, ascending; or those among `indices`, in their order.
+        """The training samples that are not held out, ascending; or those among `indices`, in their order.
 
         Raises:
             DataError: an index lies outside of the training part.
@@ -204,7 +204,7 @@ class DataSet:
 def normalise(
     x: Shaped[Tensor, "batch *sample"], mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> Shaped[Tensor, "batch *sample"]:
-    """Returns (x - mean) / std per channel in float32, uint8 pixels scaled to [0, 1] first; x itself without a mean."""
+    """(x - mean) / std per channel in float32, uint8 pixels scaled to [0, 1] first; x itself without a mean."""
     if mean is None or std is None:
         return x
     shape = (-1,) + (1,) * (x.ndim - 2)
@@ -215,7 +215,7 @@ def normalise(
 
 
 def stratified_order(y: Integer[Tensor, " samples"]) -> Int64[Tensor, " samples"]:
-    """Returns a fixed order of the samples in which every stretch has the classes nearly in their proportions."""
+    """A fixed order of the samples in which every stretch has the classes nearly in their proportions."""
     shuffled = torch.from_numpy(np.random.default_rng(0).permutation(len(y)))
     place = torch.empty(len(y), dtype=torch.float64)
     for label in y.unique():

@@ -15,7 +15,7 @@ def split_for_models(
     models: int = 2,
     seed: int = 0,
 ) -> list[Int64[Tensor, " _"]]:
-    """Returns the samples of every model, ascending.
+    """The samples of every model, ascending.
 
     - `none`: every model gets all samples.
     - `80-20`: two models only. Model 0 gets 20 % of every class in the first half of the classes and 80 % of every

@@ -102,7 +102,7 @@ class CCA(PairwiseDataMethod):
             problem: The models and the data.
             fixed: Number of the model whose frame is kept.
             moved: Number of the model that is moved into it.
-            moments: Of the activations; read from the data where they are left out.
+            moments: Moments of the activations; read from the data where they are left out.
 
         Raises:
             DataError: No data; or, without a ridge, fewer samples than units.

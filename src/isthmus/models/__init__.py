@@ -55,7 +55,7 @@ SOURCES = {
 
 
 def load_model(spec: str) -> nn.Module:
-    """Returns the network that `spec` describes, with initial weights drawn from torch's global random generator.
+    """The network that `spec` describes, with initial weights drawn from torch's global random generator.
 
     `spec` is one of
 
@@ -91,7 +91,7 @@ def load_model(spec: str) -> nn.Module:
 
 
 def parse_spec(spec: str) -> tuple[str, str, str]:
-    """Returns the source that a network is from, its name there, and the text of its arguments."""
+    """The source that a network is from, its name there, and the text of its arguments."""
     target, _, query = spec.partition("?")
     prefix, colon, name = target.partition(":")
     if colon and prefix in SOURCES:
@@ -117,7 +117,7 @@ def spoken_specs(*, zoo: bool = True, arguments: bool = False) -> str:
 
 
 def absolute_spec(spec: str) -> str:
-    """Returns the same specification with an absolute path, where it holds a path."""
+    """The same specification with an absolute path, where it holds a path."""
     prefix, name, query = parse_spec(spec)
     if prefix not in SOURCES or not SOURCES[prefix].is_path:
         return spec
@@ -125,7 +125,7 @@ def absolute_spec(spec: str) -> str:
 
 
 def sample_shape(model: nn.Module) -> tuple[int, ...] | None:
-    """Returns the shape of one input sample, without the batch, from `model.sample_shape`; None if it has none.
+    """The shape of one input sample, without the batch, from `model.sample_shape`; None if it has none.
 
     Raises:
         ModelError: the attribute is not a sequence of positive integers.
@@ -141,7 +141,7 @@ def sample_shape(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def sample_tokens(model: nn.Module) -> int | None:
-    """Returns how many tokens the model knows, from `model.sample_tokens`; None where its inputs are no tokens.
+    """How many tokens the model knows, from `model.sample_tokens`; None where its inputs are no tokens.
 
     Raises:
         ModelError: the attribute is not a positive integer.
@@ -153,6 +153,6 @@ def sample_tokens(model: nn.Module) -> int | None:
 
 
 def window(model: nn.Module) -> int | None:
-    """Returns how many tokens one sample has; None where the model takes no tokens, or does not say."""
+    """How many tokens one sample has; None where the model takes no tokens, or does not say."""
     shape = sample_shape(model) if sample_tokens(model) is not None else None
     return shape[0] if shape is not None and len(shape) == 1 else None

@@ -19,7 +19,7 @@ EXAMPLE = "isthmus_example"
 
 
 def _build_from_program(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Returns an exported program as a module with the state dict of what it was exported from.
+    """An exported program as a module with the state dict of what it was exported from.
 
     Such a file is code: its expressions are evaluated while it is read. Load only files that you trust.
 
@@ -85,7 +85,7 @@ def _is_training(node: fx.Node) -> bool:
 
 
 def example_in_program(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Returns the positional and keyword inputs that a program was exported with; None for any other module."""
+    """The positional and keyword inputs that a program was exported with; None for any other module."""
     return model.meta.get(EXAMPLE) if isinstance(model, fx.GraphModule) else None
 
 

@@ -17,7 +17,7 @@ from isthmus.registry import did_you_mean, parse_value
 
 
 def parse_arguments(spec: str, query: str) -> dict[str, Any]:
-    """Returns the arguments in a text such as `width=2&bn=true`; each value is JSON, or else a string.
+    """The arguments in a text such as `width=2&bn=true`; each value is JSON, or else a string.
 
     Raises:
         ModelError: an argument without a value, or given twice.
@@ -32,7 +32,7 @@ def parse_arguments(spec: str, query: str) -> dict[str, Any]:
 
 
 def find_factory(spec: str, module_name: str, name: str) -> Callable[..., object]:
-    """Returns a callable of a module; importing the module runs its code.
+    """A callable of a module; importing the module runs its code.
 
     Raises:
         ModelError: there is no such module or callable, or importing failed.
@@ -54,7 +54,7 @@ def find_factory(spec: str, module_name: str, name: str) -> Callable[..., object
 
 
 def build_from_factory(spec: str, factory: Callable[..., object], arguments: Mapping[str, Any]) -> nn.Module:
-    """Returns what a factory makes of arguments that were checked against its signature first.
+    """What a factory makes of arguments that were checked against its signature first.
 
     Raises:
         ModelError: an argument that it does not take, or it fails, or returns no module.
@@ -99,12 +99,12 @@ def current_folder_importable() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns an error's kind and message on one line."""
+    """An error's kind and message on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def not_installed(spec: str, package: str, error: ImportError, extra: str) -> ModelError:
-    """Returns the error for a model of a library that is absent; anything else that its import raises is passed on.
+    """The error for a model of a library that is absent; anything else that its import raises is passed on.
 
     The command names the installed torch, so that pip takes the other packages' versions for it and leaves it alone.
     """

@@ -15,7 +15,7 @@ from isthmus.registry import did_you_mean
 
 
 def _build_from_timm(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Returns `timm.create_model(name, pretrained=False, **arguments)`, which also states its images' shape.
+    """`timm.create_model(name, pretrained=False, **arguments)`, which also states its images' shape.
 
     Raises:
         ModelError: timm is not installed or has no such network, or the arguments do not fit.

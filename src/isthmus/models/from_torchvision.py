@@ -23,7 +23,7 @@ SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def import_torchvision() -> Any:
-    """Returns the package, also where its binary part does not fit the installed torch.
+    """The package, also where its binary part does not fit the installed torch.
 
     Raises:
         ImportError: it is not installed.
@@ -39,7 +39,7 @@ def import_torchvision() -> Any:
 
 
 def _build_from_torchvision(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Returns `torchvision.models.get_model(name, weights=None, **arguments)`, which also states its images' shape.
+    """`torchvision.models.get_model(name, weights=None, **arguments)`, which also states its images' shape.
 
     Raises:
         ModelError: torchvision is not installed or has no such network, or the arguments do not fit.

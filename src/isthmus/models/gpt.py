@@ -11,7 +11,7 @@ POSITIONS = ("learned", "rope")
 
 
 class GPT(nn.Module):
-    """Returns the logits of every next token.
+    """A decoder-only transformer: from tokens to the logits of every next token.
 
     Args:
         width: units of the residual stream.
@@ -77,7 +77,7 @@ class GPT(nn.Module):
         self.sample_tokens = vocabulary
 
     def forward(self, tokens_BT: Int64[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens vocabulary"]:
-        """Returns the logits of the token after each."""
+        """The logits of the token after each."""
         x_BTD = self.tokens(tokens_BT)
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.weight[: tokens_BT.shape[1]]

@@ -42,7 +42,7 @@ FRAMES = 16  # that an example recording has after the strides of a convolutiona
 
 
 def _build_from_folder(spec: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Returns the model that the `config.json` in a folder describes, with random weights, in the folder's dtype.
+    """The model that the `config.json` in a folder describes, with random weights, in the folder's dtype.
 
     It is of the class that the configuration names (`architectures`), else of the one that `AutoModel` takes, and
     returns no caches of keys and values.
@@ -70,7 +70,7 @@ def _build_from_folder(spec: str, name: str, arguments: Mapping[str, Any]) -> nn
 
 
 def _import_transformers(spec: str) -> Any:
-    """Returns the package.
+    """The package.
 
     Raises:
         ModelError: it is not installed, or does not import.
@@ -86,7 +86,7 @@ def _import_transformers(spec: str) -> Any:
 
 
 def _read_config(transformers: Any, spec: str, folder: str) -> Any:
-    """Returns the configuration in a folder, read without network and without running its code.
+    """The configuration in a folder, read without network and without running its code.
 
     Raises:
         ModelError: there is none, or it is of no model that transformers has itself.
@@ -106,7 +106,7 @@ def _read_config(transformers: Any, spec: str, folder: str) -> Any:
 
 
 def _find_class(transformers: Any, config: Any) -> Any:
-    """Returns the first class of models among a configuration's `architectures` that transformers has, or None."""
+    """The first class of models among a configuration's `architectures` that transformers has, or None."""
     for name in getattr(config, "architectures", None) or ():
         kind = getattr(transformers, name, None)
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
@@ -115,7 +115,7 @@ def _find_class(transformers: Any, config: Any) -> Any:
 
 
 def _sub_configs(config: Any) -> list[Any]:
-    """Returns the configurations inside a configuration, such as a text encoder's and an image encoder's."""
+    """The configurations inside a configuration, such as a text encoder's and an image encoder's."""
     return [part for part in vars(config).values() if hasattr(part, "to_dict") and hasattr(part, "model_type")]
 
 
@@ -197,7 +197,7 @@ def _differences(own: Mapping[str, Any], theirs: Mapping[str, Any], path: str = 
 
 
 def from_file_names(state: Mapping[str, Tensor], model: nn.Module, where: str) -> dict[str, Tensor]:
-    """Returns a file's tensors under the names, and in the shapes, that the model has them in.
+    """A file's tensors under the names, and in the shapes, that the model has them in.
 
     Raises:
         ModelError: the file lacks tensors of the model, holds others, or ones of other shapes.
@@ -236,7 +236,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 
 def example_for_config(model: nn.Module, samples: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
-    """Returns keyword inputs to try, best first: all kinds that the model says it reads, then its main input alone.
+    """Keyword inputs to try, best first: all kinds that the model says it reads, then its main input alone.
 
     Their names are those that transformers gives inputs of every kind, and their sizes those of the configuration;
     tokens avoid those that have a meaning of their own, such as padding.
@@ -264,7 +264,7 @@ def example_for_config(model: nn.Module, samples: int, generator: torch.Generato
 
 
 def _tokens(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
-    """Returns random tokens [samples, length]; None where the configuration has no vocabulary."""
+    """Random tokens [samples, length]; None where the configuration has no vocabulary."""
     try:
         text = config.get_text_config()
     except ValueError:  # several parts read text, and which one `input_ids` go to is not said
@@ -285,7 +285,7 @@ def _tokens(config: Any, samples: int, generator: torch.Generator) -> Tensor | N
 
 
 def _pixels(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
-    """Returns a random image [samples, channels, height, width] of the size in the configuration."""
+    """A random image [samples, channels, height, width] of the size in the configuration."""
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None) or 224
     size = [size, size] if isinstance(size, int) else list(size.values()) if isinstance(size, Mapping) else list(size)
@@ -294,7 +294,7 @@ def _pixels(config: Any, samples: int, generator: torch.Generator) -> Tensor | N
 
 
 def _spectrogram(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
-    """Returns random features [samples, bins, frames] of a recording; None where their sizes are not given."""
+    """Random features [samples, bins, frames] of a recording; None where their sizes are not given."""
     bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
     if not isinstance(bins, int) or not isinstance(frames, int):
         return None
@@ -302,7 +302,7 @@ def _spectrogram(config: Any, samples: int, generator: torch.Generator) -> Tenso
 
 
 def _waveform(config: Any, samples: int, generator: torch.Generator) -> Tensor | None:
-    """Returns a random recording [samples, length], long enough for a few frames of a convolutional encoder."""
+    """A random recording [samples, length], long enough for a few frames of a convolutional encoder."""
     length = FRAMES
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
     if not kernels or not strides:

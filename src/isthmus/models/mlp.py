@@ -11,7 +11,7 @@ from isthmus.errors import ModelError
 
 
 class MLP(nn.Module):
-    """Returns class logits from `depth` hidden ReLU layers of `width` units.
+    """A classifier: `depth` hidden ReLU layers of `width` units.
 
     Args:
         in_features: values in one sample; a sample of any shape is flattened.
@@ -38,7 +38,7 @@ class MLP(nn.Module):
         self.sample_shape = (in_features,)
 
     def forward(self, x: Float[Tensor, "batch *sample"]) -> Float[Tensor, "batch classes"]:
-        """Returns the logits."""
+        """The logits."""
         x = torch.flatten(x, 1)
         for layer in self.hidden:
             x = F.relu(layer(x))

@@ -19,7 +19,7 @@ SHORTCUTS = {"projection": 1, "conv3x3": 3}
 
 
 class ResidualBlock(nn.Module):
-    """Returns relu(branch(x) + shortcut(x)); the shortcut is a convolution where the shape changes, else x itself."""
+    """relu(branch(x) + shortcut(x)): the shortcut is a convolution where the shape changes, else x itself."""
 
     def __init__(self, channels: int, after: int, stride: int, norm: str, shortcut: str) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class ResidualBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch after height_after width_after"]:
-        """Returns the feature map."""
+        """The feature map."""
         branch = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(branch)) + self.shortcut(x))
 
 
 class ResNet20(nn.Module):
-    """Returns class logits from three stages of three residual blocks and global average pooling.
+    """A classifier of images: three stages of three residual blocks and global average pooling.
 
     Args:
         width: multiplies the channels 16, 32 and 64 (rounded, at least 1); may be fractional.
@@ -96,6 +96,6 @@ class ResNet20(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Returns the logits."""
+        """The logits."""
         x = F.relu(self.norm(self.conv(x)))
         return self.head(self.blocks(x).mean(dim=(2, 3)))

@@ -12,7 +12,7 @@ def _stage(channels: int, after: int) -> list[nn.Module]:
 
 
 class SmallCNN(nn.Module):
-    """Returns class logits from three convolutions with batch normalisation and two poolings, then a linear head.
+    """A classifier of images: three convolutions with batch normalisation and two poolings, then a linear head.
 
     Args:
         width: multiplies the channels 16, 32 and 32 (rounded, at least 1).
@@ -43,5 +43,5 @@ class SmallCNN(nn.Module):
         self.sample_shape = (in_channels, image_size, image_size)
 
     def forward(self, x: Float[Tensor, "batch in_channels image_size image_size"]) -> Float[Tensor, "batch classes"]:
-        """Returns the logits."""
+        """The logits."""
         return self.head(torch.flatten(self.features(x), 1))

@@ -20,7 +20,7 @@ INITIAL_DEVIATION = 0.02
 
 
 def make_norm(norm: str, width: int, bias: bool) -> nn.Module:
-    """Returns LayerNorm or RMSNorm over `width` units; only LayerNorm can have a shift."""
+    """LayerNorm or RMSNorm over `width` units; only LayerNorm can have a shift."""
     return NORMS[norm](width, bias=bias) if norm == "layer" else NORMS[norm](width)
 
 
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.register_buffer("sines", None if rope is None else rope[1], persistent=False)
 
     def forward(self, x_BTD: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """Returns the sum of what the heads read, without the residual."""
+        """The sum of what the heads read, without the residual."""
         tokens, width = x_BTD.shape[1:]
         units = width // self.heads
         q_BHTK, k_BHTK, v_BHTK = (
@@ -82,13 +82,13 @@ def _turn(
     cosines: Float[Tensor, "tokens half"],
     sines: Float[Tensor, "tokens half"],
 ) -> Float[Tensor, "batch heads tokens units"]:
-    """Returns the units in pairs (k, k + K/2), each pair turned by an angle that grows with its token's position."""
+    """The units in pairs (k, k + K/2), each pair turned by an angle that grows with its token's position."""
     first, second = x_BHTK.chunk(2, dim=-1)
     return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
 
 
 def rotations(tokens: int, units: int) -> tuple[Float[Tensor, "tokens half"], Float[Tensor, "tokens half"]]:
-    """Returns cosines and sines of every position's angles, by which `_turn` turns `units` units.
+    """Cosines and sines of every position's angles, by which `_turn` turns `units` units.
 
     Source: Su et al. 2021, RoFormer (arXiv 2104.09864).
     """
@@ -114,7 +114,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x_BTD: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """Returns the same transformation of every token, without the residual."""
+        """The same transformation of every token, without the residual."""
         hidden = self.up(x_BTD)
         return self.down(F.gelu(hidden) if self.gate is None else F.silu(self.gate(x_BTD)) * hidden)
 
@@ -127,7 +127,7 @@ class TransformerBlock(nn.Module):
         self.norm1, self.attention, self.norm2, self.mlp = norm1, attention, norm2, mlp
 
     def forward(self, x_BTD: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """Returns the residual stream after the block."""
+        """The residual stream after the block."""
         x_BTD = x_BTD + self.attention(self.norm1(x_BTD))
         return x_BTD + self.mlp(self.norm2(x_BTD))
 
@@ -143,7 +143,7 @@ def make_blocks(
     mask: Bool[Tensor, "tokens tokens"] | None = None,
     rope: tuple[Float[Tensor, "tokens half"], Float[Tensor, "tokens half"]] | None = None,
 ) -> nn.ModuleList:
-    """Returns `depth` blocks.
+    """A list of `depth` blocks.
 
     Raises:
         ModelError: an unknown norm or MLP, or heads that do not divide the width.

@@ -14,7 +14,7 @@ LAYERS: dict[int, tuple[int | str, ...]] = {
 
 
 class VGG(nn.Module):
-    """Returns class logits; the last feature map is flattened into the linear head, whatever its size.
+    """A VGG that classifies images; the last feature map is flattened into the linear head, whatever its size.
 
     Args:
         depth: 11 or 16.
@@ -71,5 +71,5 @@ class VGG(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Float[Tensor, "batch in_channels image_size image_size"]) -> Float[Tensor, "batch classes"]:
-        """Returns the logits."""
+        """The logits."""
         return self.head(torch.flatten(self.features(x), 1))

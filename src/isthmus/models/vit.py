@@ -9,7 +9,7 @@ from isthmus.models.transformer import INITIAL_DEVIATION, initialise, make_block
 
 
 class ViT(nn.Module):
-    """Returns class logits.
+    """A vision transformer that classifies images cut into patches.
 
     Args:
         width: units of the residual stream.
@@ -59,7 +59,7 @@ class ViT(nn.Module):
         self.sample_shape = (in_channels, image_size, image_size)
 
     def forward(self, x: Float[Tensor, "batch in_channels image_size image_size"]) -> Float[Tensor, "batch classes"]:
-        """Returns the logits."""
+        """The logits."""
         x_BTD = self.patches(x).flatten(2).transpose(1, 2) + self.positions
         for block in self.blocks:
             x_BTD = block(x_BTD)

@@ -42,7 +42,7 @@ class Picture:
 
 
 def read_features(path: Path) -> dict[str, Any] | None:
-    """Returns a `features.json` as it is, or None if there is none.
+    """A `features.json` as it is, or None if there is none.
 
     Raises:
         CheckpointError: It is damaged, or no object.

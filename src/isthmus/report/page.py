@@ -46,7 +46,7 @@ def write_report(folder: Path) -> Path:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Returns a `report.json`, with names made harmless to show.
+    """A `report.json`, with names made harmless to show.
 
     Raises:
         CheckpointError: It is missing, damaged or no report.

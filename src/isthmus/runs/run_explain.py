@@ -44,7 +44,7 @@ class ExplainOptions:
     Attributes:
         images: Inputs of the test split on which units are scored and loss barriers measured.
         units: How many best, middle and worst units of a space are drawn; 0 draws none.
-        spaces: Of how many spaces, evenly spaced from the first to the last.
+        spaces: How many spaces get pictures, evenly spaced from the first to the last.
         method: The parametrisation of the pictures.
         steps: Steps of gradient ascent; the method's own number if None.
         claims: Whether the claims on weight matching are judged, for which two models are matched in three more ways.

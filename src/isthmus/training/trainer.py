@@ -62,7 +62,7 @@ def train(
     resume: str | Path | None = None,
     progress: bool = False,
 ) -> Trained:
-    """Returns a trained copy of the model and its history; torch's global random state is left as it was.
+    """A trained copy of the model and its history; torch's global random state is left as it was.
 
     The same arguments give the same bytes on the same machine with the same number of threads, also when the training
     was interrupted and resumed.
@@ -122,7 +122,7 @@ def train(
 
 
 def _learning_rate(options: TrainOptions, step: int, steps: int) -> float:
-    """Returns the learning rate of a step (from 0), with `steps` in an epoch."""
+    """The learning rate of a step (from 0), with `steps` in an epoch."""
     total, warm = options.epochs * steps, options.warmup * steps
     if options.schedule == "one_cycle":
         warm = WARM_FRACTION * total
@@ -139,7 +139,7 @@ def _learning_rate(options: TrainOptions, step: int, steps: int) -> float:
 
 
 def _flip_and_crop(x: UInt8[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
-    """Returns each image flipped with probability ½ and shifted by up to 4 pixels over black, by the global generator.
+    """Each image flipped with probability ½ and shifted by up to 4 pixels over black, by the global generator.
 
     The result is laid out channels last.
     """
@@ -175,7 +175,7 @@ class _Run:
             self.optimizer = kind(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
 
     def epoch(self, number: int, advance: Callable[[], None]) -> Epoch:
-        """Returns the scores of one epoch of training."""
+        """The scores of one epoch of training."""
         self.model.train()
         loss_sum, correct, count = 0.0, 0, 0
         order = self.samples[torch.randperm(len(self.samples))]
@@ -193,7 +193,7 @@ class _Run:
         return Epoch(loss_sum / count, correct / count)
 
     def validate(self, batches: Batches) -> dict[str, float]:
-        """Returns validation_loss and validation_accuracy."""
+        """The `validation_loss` and the `validation_accuracy`."""
         self.model.eval()
         loss_sum, correct, count = 0.0, 0, 0
         with torch.no_grad():
@@ -205,7 +205,7 @@ class _Run:
     def score(
         self, x: Shaped[Tensor, "batch *sample"], y: Int64[Tensor, "batch *label"]
     ) -> tuple[Float[Tensor, ""], int]:
-        """Returns the mean loss of a batch and the number of labels that the largest logit hits."""
+        """The mean loss of a batch and the number of labels that the largest logit hits."""
         if self.options.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
@@ -241,7 +241,7 @@ class _Run:
             temporary.unlink(missing_ok=True)
 
     def restore(self, path: Path, fingerprint: str) -> list[Epoch]:
-        """Returns the history of the checkpoint, after its state has been taken over."""
+        """The history of the checkpoint, after its state has been taken over."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged pickles end in errors of many types
