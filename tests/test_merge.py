@@ -12,7 +12,7 @@ from helpers.pairs import CNN, MLP, VGG_BN, data_of, fresh, inputs_of, lively, p
 from helpers.refusals import refuses
 from isthmus import Alignment, LinearMap, Permutation
 from isthmus.average.mean import Mean
-from isthmus.errors import DataError, InputError, ModelError, TransformError
+from isthmus.errors import DataError, InputError, ModelError, SymmetryError, TransformError
 
 
 def test_the_mean_is_that_computed_by_hand():
@@ -203,11 +203,11 @@ REFUSED = {
     "a NaN coefficient": ({"coefficients": [1.0, math.nan]}, InputError, "must be finite"),
     "infinite coefficients": ({"coefficients": [math.inf, -math.inf]}, InputError, "must be finite"),
     "an alignment of three": ({"alignment": THREE}, InputError, "2 models, but the alignment holds 3"),
-    "an alignment of other networks": ({"alignment": OTHER}, ModelError, "missing key features.0.weight"),
+    "an alignment of other networks": ({"alignment": OTHER}, SymmetryError, "not this model's: features.0.weight"),
     "no base": ({"average": NeedsBase()}, InputError, "needs base="),
     "no data": ({"average": NeedsData()}, DataError, "needs data"),
     "another architecture": ({"models": [MODELS[0], lively(CNN, 0)]}, ModelError, "model 1"),
-    "a base of another architecture": ({"base": lively(CNN, 0)}, ModelError, "model 0"),
+    "a base of another architecture": ({"base": lively(CNN, 0)}, ModelError, "base"),
 }
 
 

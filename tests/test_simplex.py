@@ -343,7 +343,7 @@ MODEL, DATA = fresh(CNN, 0), data_of(CNN)[:1]
 GOOD = {"models": [fresh(CNN, seed) for seed in range(3)], "data": DATA, "calibration": DATA}
 EVERYWHERE = {
     "two models": ({"models": [MODEL, MODEL]}, InputError, "2 models: a (simplex needs|plane runs through) three"),
-    "no models": ({"models": []}, InputError, "0 models"),
+    "no models": ({"models": []}, InputError, "no models"),
     "one point": ({"points": 1}, InputError, "points=1: .* needs .*two"),
     "no calibration": ({"calibration": None}, DataError, "give calibration="),
     "a generator to calibrate": ({"calibration": (x for x in DATA)}, DataError, "only once"),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from isthmus.errors import InputError
+from isthmus.kinds import kind_of
 
 T = TypeVar("T")
 
@@ -38,8 +39,7 @@ def configure(kind: str, name: str, table: Mapping[str, type[T]], options: Mappi
     Raises:
         InputError: No such name, or no such option.
     """
-    if name not in table:
-        raise InputError(f"no {kind} {name!r}{did_you_mean(name, table)}: choose from {', '.join(table)}")
+    check_choice(kind, name, table)
     chosen: Any = table[name]
     known = [field.name for field in dataclasses.fields(chosen)]
     for option in options or {}:
@@ -91,6 +91,24 @@ def spell(configured: Any) -> str:
 def _usual_value(field: dataclasses.Field[Any]) -> Any:
     """An option's default."""
     return field.default_factory() if callable(field.default_factory) else field.default
+
+
+def check_choice(kind: str, name: object, known: Iterable[str]) -> None:
+    """Refuses a name that is not among the known ones.
+
+    Args:
+        kind: What is chosen, for the message.
+        name: What was given.
+        known: The names to choose from.
+
+    Raises:
+        InputError: It is no text, or an unknown name.
+    """
+    names = list(known)
+    if not isinstance(name, str):
+        raise InputError(f"the {kind} is {kind_of(name)}: choose from {', '.join(names)}")
+    if name not in names:
+        raise InputError(f"no {kind} {name!r}{did_you_mean(name, names)}: choose from {', '.join(names)}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

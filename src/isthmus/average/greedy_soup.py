@@ -12,8 +12,9 @@ from isthmus.average.coefficients import Coefficients
 from isthmus.average.mean import weighted_mean
 from isthmus.data.batches import Batch, split_batches
 from isthmus.errors import InputError
+from isthmus.observe.given import check_mixed
 from isthmus.observe.running_statistics import normalisation_layers, reset_statistics, running_statistics
-from isthmus.observe.score import evaluate
+from isthmus.observe.score import evaluate_checked
 from isthmus.progress import progress
 
 
@@ -57,14 +58,14 @@ class GreedySoup:
             )
         fitting, held = split_batches(aligned.data, self.held_out)
         alive = aligned.coefficients.counting
-        losses = {index: evaluate(_mean_of(aligned, [index]), held).loss for index in progress(alive, "scoring models")}
+        losses = {index: _loss_of(_mean_of(aligned, [index]), held) for index in progress(alive, "scoring models")}
         order = sorted(alive, key=lambda index: losses[index] if math.isfinite(losses[index]) else math.inf)
         chosen, lowest = order[:1], losses[order[0]]
         for index in progress(order[1:], "cooking the soup"):
             tried = sorted([*chosen, index])
             if not _counts(aligned.coefficients, tried):
                 continue
-            loss = evaluate(_measured(_mean_of(aligned, tried), fitting), held).loss
+            loss = _loss_of(_measured(_mean_of(aligned, tried), fitting), held)
             if loss <= lowest:
                 chosen, lowest = tried, loss
         model = _mean_of(aligned, chosen)
@@ -98,6 +99,16 @@ def _mean_of(aligned: AveragingProblem, chosen: Sequence[int]) -> nn.Module:
         return aligned.network(aligned.states[chosen[0]])
     merged = weighted_mean(replace(aligned, coefficients=_restricted(aligned.coefficients, chosen)))
     return aligned.network({**aligned.states[0], **merged})
+
+
+def _loss_of(model: nn.Module, held: Sequence[Batch]) -> float:
+    """The loss of a mean on the held-out batches.
+
+    Raises:
+        ModelError: The mean holds NaN or infinite numbers.
+    """
+    check_mixed(model)
+    return evaluate_checked(model, held).loss
 
 
 def _measured(model: nn.Module, data: Sequence[Batch] | Any) -> nn.Module:

@@ -14,7 +14,7 @@ from isthmus.average.mean import weighted_mean
 from isthmus.data.batches import Batch
 from isthmus.errors import InputError
 from isthmus.graph.sweep import Sweep
-from isthmus.observe.given import symmetry_of
+from isthmus.observe.given import find_symmetry
 from isthmus.observe.layers import (
     Layer,
     carries_outputs,
@@ -98,7 +98,7 @@ class PLeaS:
         if len(alive) == 1 and aligned.is_exact:
             return Averaged(merged)  # one parent alone: nothing to fit
         alignment = aligned.alignment
-        symmetry = symmetry_of(aligned.models[0], alignment.symmetry if alignment else None, None, aligned.data)
+        symmetry = find_symmetry(aligned.models[0], alignment.symmetry if alignment else None, None, aligned.data)
         batches = take(aligned.data, self.samples, merged)
         fitting = Fitting(self, aligned, symmetry, batches, alive)
         integers = {name: t for name, t in aligned.states[0].items() if name not in merged}

@@ -10,7 +10,7 @@ from isthmus.average.base import Averaged, AveragingProblem
 from isthmus.average.mean import weighted_mean
 from isthmus.errors import InputError
 from isthmus.graph.reader import node_shapes, observe_batch, program_for
-from isthmus.observe.given import symmetry_of
+from isthmus.observe.given import find_symmetry
 from isthmus.observe.layers import Layer, chunked_product, input_rows, layers_of, sample_positions, seen_by, take
 from isthmus.progress import progress
 from isthmus.symmetry.symmetry import Symmetry
@@ -61,7 +61,7 @@ class RegMean:
             raise InputError("regmean runs the moved models, which linear maps have changed: use average='pleas'")
         merged = weighted_mean(aligned)
         alignment = aligned.alignment
-        symmetry = symmetry_of(aligned.models[0], alignment.symmetry if alignment else None, None, aligned.data)
+        symmetry = find_symmetry(aligned.models[0], alignment.symmetry if alignment else None, None, aligned.data)
         layers = [
             layer for layer in layers_of(symmetry) if sum(c != 0 for c in aligned.weights(layer.contraction.weight)) > 1
         ]

@@ -114,13 +114,26 @@ def _check_kinds(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
                 f"{where}: {name!r} is {_kind(given[name])} where the model has {_kind(value)}; "
                 "dequantise or convert the checkpoint first"
             )
-    broken = {name: bad for name in expected if (bad := _not_finite(given[name]))}
+    check_finite({name: given[name] for name in expected}, where, "this training diverged, take an earlier checkpoint")
+
+
+def check_finite(state: Mapping[str, Tensor], where: str, advice: str) -> None:
+    """Refuses tensors that hold NaN or infinite numbers.
+
+    Args:
+        state: The tensors.
+        where: Opens the message: a file, "model 1".
+        advice: Ends it.
+
+    Raises:
+        ModelError: A number is NaN or infinite.
+    """
+    broken = {name: bad for name, tensor in state.items() if (bad := _not_finite(tensor))}
     if broken:
         name, bad = next(iter(broken.items()))
         rest = f" (and {len(broken) - 1} more tensors)" if len(broken) > 1 else ""
         raise ModelError(
-            f"{where}: {bad} of {given[name].numel()} values of {name!r} are NaN or infinite{rest}; "
-            "this training diverged, take an earlier checkpoint"
+            f"{where}: {bad} of {state[name].numel()} values of {name!r} are NaN or infinite{rest}; {advice}"
         )
 
 

@@ -1,17 +1,26 @@
 """`align`: what the caller gave is checked once, and a method matches it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from isthmus.data.batches import Batch, check_data
 from isthmus.errors import InputError
 from isthmus.graph.capture import Program
+from isthmus.kinds import check_seed, kind_of
 from isthmus.match.auto import Auto
 from isthmus.match.base import Match, MatchingProblem, match_folded
 from isthmus.match.methods import CANDIDATES
-from isthmus.observe.given import as_modules, as_own_modules, differ_in_width, symmetry_of
+from isthmus.observe.given import (
+    Inputs,
+    ModelLike,
+    as_modules,
+    as_own_modules,
+    check_models,
+    differ_in_width,
+    symmetry_of,
+)
 from isthmus.registry import configure
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry, check_counterpart
@@ -21,13 +30,13 @@ METHODS: dict[str, type[Match]] = {Auto.name: Auto, **CANDIDATES}
 
 
 def align(
-    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    models: Sequence[ModelLike],
     symmetry: Symmetry | None = None,
     method: str | Match = "weight_matching",
     data: Any = None,
     seed: int = 0,
     *,
-    inputs: tuple[Any, ...] | None = None,
+    inputs: Inputs | None = None,
     module: nn.Module | None = None,
 ) -> Alignment:
     """One transform per space and model, which moves that model into one common frame, the first model's.
@@ -39,29 +48,41 @@ def align(
         method: A name in `METHODS`, or a configured method such as `isthmus.match.WeightMatching(restarts=10)`.
         data: Re-iterable batches, for methods that need them.
         seed: The same inputs and seed give the same alignment.
-        inputs: Example inputs for tracing.
+        inputs: Example inputs for tracing, `(x,)` or `x`.
         module: The architecture, where all models are state dicts.
 
     Raises:
         DataError: The method needs data and got none it can use.
-        InputError: No models, an unknown method, or no way to find the symmetry.
+        InputError: No models, an unknown method, no way to find the symmetry, or an argument of the wrong kind.
         ModelError: The models are not of one architecture, hold NaN or infinite weights, or have a norm whose gain
             cannot be folded, which a method that uses linear maps needs.
         SymmetryError: The symmetry is of another architecture.
     """
-    configured = configure("matching method", method, METHODS) if isinstance(method, str) else method
-    if isinstance(configured, type) or not isinstance(configured, Match):
-        raise InputError(f"method={method!r}: give a name in METHODS or a configured method, such as WeightMatching()")
-    if seed < 0:
-        raise InputError(f"seed={seed}: give 0 or more")
+    check_models(models)
+    configured = configured_method(method)
+    check_seed(seed)
     if data is not None:
         check_data(data)
-    unequal = models and module is None and configured.resizes and differ_in_width(models)
+    unequal = module is None and configured.resizes and differ_in_width(models)
     modules = as_own_modules(models) if unequal else as_modules(models, module)
     MatchingProblem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
     symmetry = symmetry_of(modules[0], symmetry, inputs, data)
     symmetries = _trace_counterparts(modules, symmetry) if unequal else ()
     return match_folded(configured, MatchingProblem(modules, symmetry, data, seed, symmetries))
+
+
+def configured_method(method: str | Match) -> Match:
+    """The matching method that a name, or a configured object, stands for.
+
+    Raises:
+        InputError: An unknown name, or something else.
+    """
+    if isinstance(method, str):
+        return configure("matching method", method, METHODS)
+    if not isinstance(method, Match):
+        advice = "give a name in METHODS or a configured method, such as WeightMatching()"
+        raise InputError(f"method is {kind_of(method)}: {advice}")
+    return method
 
 
 def _trace_counterparts(models: Sequence[nn.Module], symmetry: Symmetry) -> tuple[Symmetry, ...]:
@@ -72,7 +93,7 @@ def _trace_counterparts(models: Sequence[nn.Module], symmetry: Symmetry) -> tupl
         SymmetryError: A model's spaces do not correspond to the first model's.
     """
     if symmetry.graph is None:
-        raise InputError("models of several widths are traced one by one: give inputs=(x,), or data=")
+        raise InputError("models of several widths are traced one by one: give inputs=x, or data=")
     program: Program = symmetry.traced.program
     found = [symmetry]
     for index, model in enumerate(models[1:], start=1):

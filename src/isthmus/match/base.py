@@ -11,7 +11,7 @@ from torch import nn
 from isthmus.data.batches import is_labelled
 from isthmus.errors import DataError
 from isthmus.merging.fold import fold_norm_gains
-from isthmus.observe.collect import collect, collect_joint
+from isthmus.observe.collect import collect_checked, collect_joint
 from isthmus.observe.moments import JointMoments, Moments
 from isthmus.state import State
 from isthmus.symmetry.alignment import Alignment
@@ -65,7 +65,7 @@ class MatchingProblem:
                 joint, samples = collect_joint(self.models, self.symmetries, self.data, at=at)
                 self._moments[at] = Moments({name: each.of_one_size() for name, each in joint.items()}, at, samples)
             else:
-                self._moments[at] = collect(self.models, self.symmetry, self.data, at=at)
+                self._moments[at] = collect_checked(self.models, self.symmetry, self.data, at=at)
         return self._moments[at]
 
     def joint_moments(self, at: str) -> dict[str, JointMoments]:

@@ -17,7 +17,7 @@ from isthmus.match.held_out import judge_by
 from isthmus.match.linear_maps import map_spaces
 from isthmus.match.pairwise import Pair, PairwiseDataMethod, all_to_one
 from isthmus.match.polar import polar_factor
-from isthmus.observe.collect import collect
+from isthmus.observe.collect import collect_checked
 from isthmus.observe.moments import Moments
 from isthmus.progress import progress
 from isthmus.symmetry.alignment import Alignment
@@ -76,7 +76,7 @@ class CCA(PairwiseDataMethod):
         if self.gamma is not None:
             return self._align_all(problem, problem.moments(self.at))
         fitting, held = split_batches(problem.data, HELD_OUT)
-        moments = collect(problem.models, problem.symmetry, fitting, at=self.at)
+        moments = collect_checked(problem.models, problem.symmetry, fitting, at=self.at)
         judge, criterion = judge_by(problem, _first_inputs(fitting, FITTING_INPUTS), _first_inputs(held, HELD_INPUTS))
         scores = {
             gamma: judge(replace(self, gamma=gamma)._align_all(problem, moments))
@@ -86,7 +86,7 @@ class CCA(PairwiseDataMethod):
         if not finite:
             raise DataError("no ridge gave a merged model with finite outputs: give gamma=, or more data")
         chosen = min(finite, key=lambda gamma: finite[gamma])
-        every = moments.joined(collect(problem.models, problem.symmetry, held, at=self.at))
+        every = moments.joined(collect_checked(problem.models, problem.symmetry, held, at=self.at))
         found = replace(self, gamma=chosen)._align_all(problem, every)
         details = {
             "gamma": chosen,

@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from isthmus.average.mean import Mean
 from isthmus.data.batches import is_labelled, read_batches
 from isthmus.errors import DataError, ModelError
 from isthmus.match.base import MatchingProblem
-from isthmus.merging.merge import merge
-from isthmus.merging.repair import repair
+from isthmus.merging.merge import merge_checked
+from isthmus.merging.repair import Reset, repair_checked
+from isthmus.observe.given import check_mixed
 from isthmus.observe.running_statistics import normalisation_layers
-from isthmus.observe.score import Ensemble, class_scores, evaluate
+from isthmus.observe.score import Ensemble, class_scores, evaluate_checked
 from isthmus.symmetry.alignment import Alignment
 
 
@@ -29,13 +31,13 @@ def judge_by(problem: MatchingProblem, fitting: Any, held: Any) -> tuple[Callabl
     models = problem.models
 
     def merged_by(alignment: Alignment) -> nn.Module:
-        merged = merge(models, alignment)
+        merged = merge_checked(models, alignment, Mean())
         if normalisation_layers(merged):
-            return repair(merged, fitting)
+            return repair_checked(merged, fitting, Reset())
         return merged
 
     if is_labelled(held) and _classifies(models[0], held):
-        return lambda alignment: evaluate(merged_by(alignment), held).loss, "loss of the merged model on held-out data"
+        return lambda alignment: _loss_of(merged_by(alignment), held), "loss of the merged model on held-out data"
     ensemble = Ensemble(models)  # of whatever scores the models give
     return (
         lambda alignment: _distance_of_scores(merged_by(alignment), ensemble, held),
@@ -46,10 +48,20 @@ def judge_by(problem: MatchingProblem, fitting: Any, held: Any) -> tuple[Callabl
 def _classifies(model: nn.Module, data: Any) -> bool:
     """Whether the model's outputs are class scores for the data's targets."""
     try:
-        evaluate(model, data)
+        evaluate_checked(model, data)
     except ModelError:
         return False
     return True
+
+
+def _loss_of(merged: nn.Module, data: Any) -> float:
+    """The loss of a merged model.
+
+    Raises:
+        ModelError: It holds NaN or infinite numbers.
+    """
+    check_mixed(merged)
+    return evaluate_checked(merged, data).loss
 
 
 def _distance_of_scores(model: nn.Module, ensemble: nn.Module, data: Any) -> float:

@@ -7,7 +7,7 @@ from functools import partial
 
 from isthmus.errors import InputError
 from isthmus.match.base import Match, MatchingProblem, identity_transforms
-from isthmus.observe.score import evaluate
+from isthmus.observe.score import evaluate_checked
 from isthmus.progress import progress
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.transform import Transforms
@@ -76,7 +76,7 @@ def all_to_one(
     centre, found = 0, {}
     if reference == "best" and count > 1:
         problem.require("labels", f"{name} with reference='best'")
-        losses = [evaluate(model, problem.data).loss for model in problem.models]
+        losses = [evaluate_checked(model, problem.data).loss for model in problem.models]
         centre = losses.index(min(losses))
     if reference == "medoid" and count > 2:
         for first in progress(range(count), f"{name}, all pairs"):

@@ -4,27 +4,28 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from isthmus.average import AVERAGES
 from isthmus.average.base import Average
-from isthmus.data.batches import is_labelled
+from isthmus.data.batches import check_data, is_labelled
 from isthmus.errors import DataError, InputError, IsthmusError
-from isthmus.match import METHODS, align
-from isthmus.match.base import Match
-from isthmus.merging.merge import merge
+from isthmus.kinds import check_seed
+from isthmus.match.aligning import METHODS, configured_method
+from isthmus.match.base import Match, MatchingProblem, match_folded
+from isthmus.merging.merge import configured_average, merge_checked
 from isthmus.merging.repair import REPAIRS, repair_as_asked
-from isthmus.observe.given import as_modules, symmetry_of
-from isthmus.observe.score import Ensemble, Score, evaluate
+from isthmus.observe.given import ModelLike, as_modules, check_mixed, check_models, symmetry_of
+from isthmus.observe.score import Ensemble, Score, evaluate_checked
 from isthmus.progress import progress
-from isthmus.registry import configure_text, spell
+from isthmus.registry import check_choice, configure_text, spell
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.wording import counted, figure, told, told_by_fields
@@ -117,7 +118,7 @@ class Comparison:
 
 
 def compare(
-    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    models: Sequence[ModelLike],
     data: Any,
     calibration: Any = None,
     symmetry: Symmetry | None = None,
@@ -125,7 +126,7 @@ def compare(
     methods: Sequence[str | Match] | None = None,
     averages: Sequence[str | Average] = DEFAULT_AVERAGES,
     repairs: Sequence[str] = (RAW, *REPAIRS),
-    base: nn.Module | Mapping[str, Tensor] | None = None,
+    base: ModelLike | None = None,
     seed: int = 0,
     module: nn.Module | None = None,
 ) -> Comparison:
@@ -148,30 +149,40 @@ def compare(
 
     Raises:
         DataError: Data without targets, or no calibration where a repair needs it.
-        InputError: Fewer than two models, or an unknown method, average or repair.
+        InputError: Fewer than two models, an unknown method, average or repair, or an argument of the wrong kind.
+        ModelError: The models or the base are not of one architecture, or hold NaN or infinite weights.
+        SymmetryError: The symmetry is of another architecture.
     """
-    modules = as_modules(models, module)
-    if len(modules) < 2:
+    check_models(models)
+    if len(models) < 2:
         raise InputError("one model: comparing ways to merge needs at least two")
-    unknown = [each for each in repairs if each not in (RAW, *REPAIRS)]
-    if unknown:
-        raise InputError(f"repair {unknown[0]!r}: choose from {', '.join((RAW, *REPAIRS))}")
+    for each in repairs:
+        check_choice("repair", each, (RAW, *REPAIRS))
+    check_seed(seed)
+    check_data(data)
+    if calibration is not None:
+        check_data(calibration)
     if calibration is None and any(each != RAW for each in repairs):
         raise DataError("repairs measure statistics: give calibration=, training batches, or repairs=['raw']")
-    ways = [configure_text("average", each, AVERAGES) if isinstance(each, str) else each for each in averages]
+    ways = [
+        configure_text("average", each, AVERAGES) if isinstance(each, str) else configured_average(each)
+        for each in averages
+    ]
     chosen = choose_methods(methods, calibration)
+    modules = as_modules(models, module)
+    ancestor = None if base is None else as_modules([base], modules[0], names=["base"])[0]
     symmetry = symmetry_of(modules[0], symmetry, None, calibration if calibration is not None else data)
-    parents = tuple(evaluate(model, data) for model in modules)
-    ensemble = evaluate(Ensemble(modules), data)
+    parents = tuple(evaluate_checked(model, data) for model in modules)
+    ensemble = evaluate_checked(Ensemble(modules).eval(), data)
     kinds = [each for each in repairs if each == RAW or REPAIRS[each]().changes(modules[0])]
     rows: list[Row] = []
     for method in progress(chosen, "comparing methods"):
-        found, matching = _measured(partial(align, modules, symmetry, method, calibration, seed))
+        found, matching = _measured(partial(_match, method, MatchingProblem(modules, symmetry, calibration, seed)))
         for average in ways:
             made, averaging = found, Spent()
             if isinstance(found, Alignment):
                 made, averaging = _measured(
-                    partial(merge, modules, found, average, data=calibration, base=base, seed=seed)
+                    partial(merge_checked, modules, found, average, data=calibration, base=ancestor, seed=seed)
                 )
             for kind in kinds:
                 row, repaired, repairing = Row(spell(method), spell(average), kind), made, Spent()
@@ -183,16 +194,30 @@ def compare(
                     rows.append(replace(row, note=str(repaired)))
                 else:
                     spent = (matching, averaging, repairing)
-                    rows.append(_score_row(row, evaluate(repaired, data), parents, spent))
+                    check_mixed(repaired)
+                    rows.append(_score_row(row, evaluate_checked(repaired, data), parents, spent))
     return Comparison(parents, ensemble, tuple(rows))
 
 
 def choose_methods(methods: Sequence[str | Match] | None, data: Any) -> list[Match]:
     """The configured methods; by default all whose needs the data meets."""
     if methods is not None:
-        return [configure_text("matching method", each, METHODS) if isinstance(each, str) else each for each in methods]
+        return [
+            configure_text("matching method", each, METHODS) if isinstance(each, str) else configured_method(each)
+            for each in methods
+        ]
     met = {""} if data is None else {"", "data", "labels"} if is_labelled(data) else {"", "data"}
     return [method for name, build in METHODS.items() if name != "auto" and (method := build()).needs in met]
+
+
+def _match(method: Match, problem: MatchingProblem) -> Alignment:
+    """The alignment by a method, if it has what it needs.
+
+    Raises:
+        IsthmusError: It has not, or what the method raises.
+    """
+    problem.require(method.needs, method.name)
+    return match_folded(method, problem)
 
 
 def _measured(step: Callable[[], Any]) -> tuple[Any, "Spent"]:

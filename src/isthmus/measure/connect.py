@@ -7,13 +7,16 @@ from typing import Any
 
 from torch import nn
 
+from isthmus.average.mean import Mean
 from isthmus.data.batches import check_data
 from isthmus.errors import DataError, InputError
-from isthmus.merging.merge import merge
-from isthmus.observe.given import as_modules
-from isthmus.observe.running_statistics import normalisation_layers, reset_statistics
-from isthmus.observe.score import Loss, Score, evaluate
+from isthmus.kinds import check_kind, check_whole, kind_of
+from isthmus.merging.merge import merge_checked
+from isthmus.observe.given import as_modules, check_mixed
+from isthmus.observe.running_statistics import normalisation_layers, reset_statistics, running_statistics
+from isthmus.observe.score import Loss, Score, evaluate_checked
 from isthmus.progress import progress
+from isthmus.registry import did_you_mean
 from isthmus.wording import counted, figure, told
 
 
@@ -84,7 +87,7 @@ def _rise_at_half(lambdas: Any, values: Any) -> float:
 def connect(
     model_a: nn.Module,
     model_b: nn.Module,
-    data: Any,
+    data: Any = None,
     points: int = 11,
     repair: str | None = "reset",
     calibration: Any = None,
@@ -104,24 +107,46 @@ def connect(
 
     Raises:
         DataError: Data without targets, empty, or readable only once; or no `calibration` for a network with BatchNorm.
-        InputError: Fewer than two points, or an unknown repair.
-        ModelError: The models are of different architecture.
+        InputError: Fewer than two points, an unknown repair, or an argument of the wrong kind.
+        ModelError: The models are of different architecture, or hold NaN or infinite weights; or a mix of them does.
     """
-    if points < 2:
-        raise InputError(f"points={points}: a line needs its two ends at least")
+    for name, model in (("model_a", model_a), ("model_b", model_b)):
+        check_kind(model, nn.Module, name, "give two modules, connect(a, b, data)")
+    check_points(points, "a line needs its two ends at least")
     check_data(data)
+    check_loss(loss)
     a, b = as_modules([model_a, model_b])
     resets = check_reset(a, repair, calibration)
+    return connect_checked(a, b, data, points, calibration if resets else None, loss=loss)
+
+
+def connect_checked(
+    a: nn.Module, b: nn.Module, data: Any, points: int, calibration: Any, *, loss: Loss | None = None
+) -> Curve:
+    """As `connect`, of checked modules in `eval()`.
+
+    Args:
+        a: The model at λ = 0.
+        b: The model at λ = 1.
+        data: Labelled batches to score on.
+        points: How many λ.
+        calibration: Training data to re-estimate statistics on; None leaves the interpolated ones.
+        loss: Mean loss from outputs and targets; cross-entropy by default.
+
+    Raises:
+        DataError: Data without targets, or empty.
+        ModelError: A mix of the models holds NaN or infinite numbers.
+    """
     lambdas = tuple(index / (points - 1) for index in range(points))
     places = progress([(1 - x, x) for x in lambdas], "walking the line")
-    scores = [score_merged([a, b], place, data, calibration if resets else None, loss=loss) for place in places]
+    scores = [score_mixed([a, b], place, data, calibration, loss=loss) for place in places]
     return Curve(
         lambdas=lambdas,
         losses=tuple(repaired.loss for _, repaired in scores),
         accuracies=tuple(repaired.accuracy for _, repaired in scores if repaired.accuracy is not None),
         raw_losses=tuple(raw.loss for raw, _ in scores),
         raw_accuracies=tuple(raw.accuracy for raw, _ in scores if raw.accuracy is not None),
-        repair="reset" if resets else None,
+        repair=None if calibration is None else "reset",
     )
 
 
@@ -132,8 +157,9 @@ def check_reset(model: nn.Module, repair: str | None, calibration: Any) -> bool:
         DataError: They are, and `calibration` is missing or readable only once.
         InputError: An unknown repair.
     """
-    if repair not in (None, "reset"):
-        raise InputError(f"repair={repair!r}: between models, statistics are 'reset' or left as they are (None)")
+    if repair is not None and not (isinstance(repair, str) and repair == "reset"):
+        hint = did_you_mean(repair, ["reset"]) if isinstance(repair, str) else ""
+        raise InputError(f"repair={repair!r}{hint}: between models, statistics are 'reset' or left as they are (None)")
     if repair is None or not normalisation_layers(model):
         return False
     if calibration is None:
@@ -142,13 +168,34 @@ def check_reset(model: nn.Module, repair: str | None, calibration: Any) -> bool:
     return True
 
 
-def score_merged(
+def check_points(points: int, why: str) -> None:
+    """Refuses fewer points than two.
+
+    Raises:
+        InputError: There are fewer, or it is no whole number.
+    """
+    check_whole(points, "points")
+    if points < 2:
+        raise InputError(f"points={points}: {why}")
+
+
+def check_loss(loss: Loss | None) -> None:
+    """Refuses a loss that is no function.
+
+    Raises:
+        InputError: It cannot be called.
+    """
+    if loss is not None and not callable(loss):
+        raise InputError(f"loss is {kind_of(loss)}: give a function of outputs and targets, or leave it out")
+
+
+def score_mixed(
     models: Sequence[nn.Module], coefficients: Sequence[float], data: Any, calibration: Any, *, loss: Loss | None = None
 ) -> tuple[Score, Score]:
     """The score of the weights Σ c_m W_m, raw and repaired.
 
     Args:
-        models: Modules of one architecture, in one frame.
+        models: Checked modules of one architecture, in `eval()` and in one frame.
         coefficients: One c_m a model, summing to one.
         data: Labelled batches to score on.
         calibration: Training data to re-estimate BatchNorm statistics on; None leaves the mixed ones, and both scores
@@ -157,15 +204,21 @@ def score_merged(
 
     Returns:
         The score with statistics mixed as the weights are, and that with re-estimated ones.
+
+    Raises:
+        DataError: Data without targets, or empty.
+        ModelError: The mix holds NaN or infinite numbers.
     """
-    model = merge(models, None, "mean", coefficients)
-    raw = evaluate(model, data, loss=loss)
+    model = merge_checked(models, None, Mean(), coefficients)
+    check_mixed(model)
+    raw = evaluate_checked(model, data, loss=loss)
     if calibration is None:
         return raw, raw
     reset_statistics(model, calibration)
-    return raw, evaluate(model, data, loss=loss)
+    check_mixed(model, running_statistics(model))
+    return raw, evaluate_checked(model, data, loss=loss)
 
 
 def interpolate(a: nn.Module, b: nn.Module, x: float) -> nn.Module:
-    """A new module with the weights (1 − x)·A + x·B, integer buffers from A."""
-    return merge([a, b], None, "mean", [1 - x, x])
+    """A new module with the weights (1 − x)·A + x·B of checked modules, integer buffers from A."""
+    return merge_checked([a, b], None, Mean(), [1 - x, x])

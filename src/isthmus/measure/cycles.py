@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from isthmus.data.batches import check_data
 from isthmus.errors import InputError
-from isthmus.match import align
-from isthmus.match.base import Match
-from isthmus.measure.connect import Curve, connect
-from isthmus.observe.given import as_modules
+from isthmus.kinds import check_kind, check_seed
+from isthmus.match.aligning import configured_method
+from isthmus.match.base import Match, MatchingProblem, match_folded
+from isthmus.measure.connect import Curve, check_points, check_reset, connect_checked
+from isthmus.observe.given import ModelLike, as_modules, check_mixed, check_models, check_symmetry, symmetry_of
 from isthmus.progress import progress
 from isthmus.registry import spell
 from isthmus.symmetry.alignment import Alignment, apply
@@ -79,7 +81,7 @@ def _mean_of(values: Mapping[str, Sequence[float]]) -> float:
 
 
 def cycle_error(
-    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    models: Sequence[ModelLike],
     symmetry: Symmetry,
     method: str | Match = "weight_matching",
     data: Any = None,
@@ -103,17 +105,27 @@ def cycle_error(
 
     Raises:
         DataError: The method needs data and got none it can use.
-        InputError: Fewer than three models, or an unknown method.
-        ModelError: The models are not of one architecture, or hold NaN or infinite weights.
+        InputError: Fewer than three models, an unknown method, or an argument of the wrong kind.
+        ModelError: The models are not of one architecture, hold NaN or infinite weights, or have a norm whose gain
+            cannot be folded, which a method that uses linear maps needs.
+        SymmetryError: The symmetry is of another architecture.
     """
+    check_models(models)
     if len(models) < 3:
         raise InputError(f"{len(models)} models: a cycle needs three at least")
+    configured = configured_method(method)
+    check_seed(seed)
+    if data is not None:
+        check_data(data)
     modules = as_modules(models, module)
+    MatchingProblem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
+    symmetry = symmetry_of(modules[0], symmetry, None, data)
     name = method if isinstance(method, str) else spell(method)
     # found[a, b] moves model a into the own frame of model b.
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for a, b in progress(list(itertools.permutations(range(len(modules)), 2)), f"{name}, all ordered pairs"):
-        found[a, b] = align([modules[b], modules[a]], symmetry, method, data, seed).between(0, 1)
+        pair = MatchingProblem([modules[b], modules[a]], symmetry, data, seed)
+        found[a, b] = match_folded(configured, pair).between(0, 1)
     lost: dict[str, list[float]] = {}
     distances: dict[str, list[float]] = {}
     threes = itertools.combinations(range(len(modules)), 3)
@@ -156,9 +168,9 @@ def _distance_from_identity(transforms: Transforms, symmetry: Symmetry, space: S
 
 
 def pairwise_barriers(
-    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    models: Sequence[ModelLike],
     alignment: Alignment,
-    data: Any,
+    data: Any = None,
     calibration: Any = None,
     points: int = 11,
     *,
@@ -184,21 +196,31 @@ def pairwise_barriers(
 
     Raises:
         DataError: Data that cannot be used, or no `calibration` for a network with BatchNorm.
-        InputError: Fewer than two models, or not as many as were aligned.
-        ModelError: The models are not of one architecture, or hold NaN or infinite weights.
+        InputError: Fewer than two models, not as many as were aligned, or an argument of the wrong kind.
+        ModelError: The models are not of one architecture, or hold NaN or infinite weights; or a moved model, or a mix
+            of two, does.
+        SymmetryError: The alignment is of another architecture.
         TransformError: A transform cannot act exactly (a running variance under a linear map).
 
     Source: Ito, Yamada, Kumagai, Analysis of Linear Mode Connectivity via Permutation-Based Weight Matching, ICLR 2025,
         whose test on three models this is.
     """
+    check_models(models)
+    check_kind(alignment, Alignment, "alignment", "give what isthmus.align returned for these models")
     if len(models) < 2 or len(models) != len(alignment):
         raise InputError(
             f"{len(models)} models, and an alignment of {len(alignment)}: give the aligned models, two at least"
         )
+    check_points(points, "a line needs its two ends at least")
+    check_data(data)
     modules = as_modules(models, module)
+    check_symmetry(alignment.symmetry, modules[0])
+    resets = check_reset(modules[0], repair, calibration)
     moved = [apply(alignment, model, index) for index, model in enumerate(modules)]
+    for model in moved:
+        check_mixed(model)
     pairs = list(itertools.combinations(range(len(moved)), 2))
     return {
-        (a, b): connect(moved[a], moved[b], data, points, repair, calibration)
+        (a, b): connect_checked(moved[a], moved[b], data, points, calibration if resets else None)
         for a, b in progress(pairs, "walking all lines")
     }

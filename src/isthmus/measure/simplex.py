@@ -11,15 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from isthmus.average.mean import Mean
 from isthmus.data.batches import check_data
 from isthmus.errors import InputError, ModelError
-from isthmus.measure.connect import Curve, check_reset, score_merged
-from isthmus.merging.merge import merge
-from isthmus.observe.given import as_modules
+from isthmus.kinds import check_kind
+from isthmus.measure.connect import Curve, check_loss, check_points, check_reset, score_mixed
+from isthmus.merging.merge import merge_checked
+from isthmus.observe.given import ModelLike, as_modules, check_mixed, check_models
 from isthmus.observe.running_statistics import reset_statistics
-from isthmus.observe.score import Loss, evaluate
+from isthmus.observe.score import Loss, evaluate_checked
 from isthmus.progress import progress
-from isthmus.state import State
 from isthmus.wording import counted, figure, told
 
 EDGE_POINTS = 5  # places on an edge of a triangle: 15 in all, and its centre
@@ -159,7 +160,7 @@ def _range_of(losses: Sequence[float]) -> str | None:
 
 
 def walk_simplex(
-    models: Sequence[nn.Module | State],
+    models: Sequence[ModelLike],
     data: Any,
     points: int | None = None,
     repair: str | None = "reset",
@@ -187,26 +188,28 @@ def walk_simplex(
 
     Raises:
         DataError: Data without targets, empty, or readable only once; or no `calibration` for a network with BatchNorm.
-        InputError: Fewer than three models, fewer than two points, points for more than three models, or an unknown
-            repair.
-        ModelError: The models are of different architecture, or hold NaN or infinite weights.
+        InputError: Fewer than three models, fewer than two points, points for more than three models, an unknown
+            repair, or an argument of the wrong kind.
+        ModelError: The models are of different architecture, or hold NaN or infinite weights; or a mix of them does.
 
     Source: Ainsworth, Hayase, Srinivasa, Git Re-Basin, ICLR 2023, section 5, which merges more than two models, and
         Ito, Yamada, Kumagai, Analysis of Linear Mode Connectivity via Permutation-Based Weight Matching, ICLR 2025, on
         three; the barrier over a simplex is the pairwise one's extension, ours.
     """
+    check_models(models)
     if len(models) < 3:
         raise InputError(f"{len(models)} models: a simplex needs three at least; connect() walks the line between two")
     if points is not None and len(models) > 3:
         raise InputError(f"points={points} with {len(models)} models: only a triangle has a grid; leave it out")
-    if points is not None and points < 2:
-        raise InputError(f"points={points}: an edge needs its two ends at least")
+    if points is not None:
+        check_points(points, "an edge needs its two ends at least")
     check_data(data)
+    check_loss(loss)
     modules = as_modules(models, module)
     resets = check_reset(modules[0], repair, calibration)
     places = _triangle_grid(points or EDGE_POINTS) if len(models) == 3 else _face_centres(len(models))
     scores = [
-        score_merged(modules, place, data, calibration if resets else None, loss=loss)
+        score_mixed(modules, place, data, calibration if resets else None, loss=loss)
         for place in progress(places, "walking the simplex")
     ]
     return Simplex(
@@ -254,7 +257,7 @@ def _largest(rises: Sequence[float]) -> float:
 
 
 def walk_plane(
-    models: Sequence[nn.Module | State],
+    models: Sequence[ModelLike],
     data: Any,
     points: int = 9,
     margin: float = 0.25,
@@ -281,29 +284,33 @@ def walk_plane(
 
     Raises:
         DataError: Data without targets, empty, or readable only once; or no `calibration` for a network with BatchNorm.
-        InputError: Not three models, three that lie on one line, fewer than two points, or a negative margin.
-        ModelError: The models are of different architecture, or hold NaN or infinite weights.
+        InputError: Not three models, three that lie on one line, fewer than two points, a negative margin, or an
+            argument of the wrong kind.
+        ModelError: The models are of different architecture, or hold NaN or infinite weights; or a mix of them does.
 
     Source: Garipov, Izmailov, Podoprikhin, Vetrov, Wilson, Loss Surfaces, Mode Connectivity, and Fast Ensembling of
         DNNs, NeurIPS 2018, figure 1 and appendix. That the columns and rows are moved to the models is ours.
     """
+    check_models(models)
     if len(models) != 3:
         raise InputError(f"{len(models)} models: a plane runs through three")
-    if points < 2:
-        raise InputError(f"points={points}: a grid needs two columns and two rows at least")
+    check_points(points, "a grid needs two columns and two rows at least")
+    check_kind(margin, (int, float), "margin", "give a share of the triangle's width, zero or more")
     if not (math.isfinite(margin) and margin >= 0):
         raise InputError(f"margin={margin}: give a share of the triangle's width, zero or more")
     check_data(data)
+    check_loss(loss)
     modules = as_modules(models, module)
     resets = check_reset(modules[0], "reset", calibration)
     corners = _plane_coordinates(modules)
     x, y = (_grid_lines([corner[axis] for corner in corners], points, margin) for axis in (0, 1))
     scores = []
     for row, column in progress(list(itertools.product(y, x)), "walking the plane"):
-        merged = merge(modules, None, "mean", _barycentric(corners, column, row))
+        merged = merge_checked(modules, None, Mean(), _barycentric(corners, column, row))
         if resets:
             reset_statistics(merged, calibration)
-        scores.append(evaluate(merged, data, loss=loss))
+        check_mixed(merged)
+        scores.append(evaluate_checked(merged, data, loss=loss))
     rows = [scores[start : start + len(x)] for start in range(0, len(scores), len(x))]
     classes = all(score.accuracy is not None for score in scores)
     return Plane(

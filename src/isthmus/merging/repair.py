@@ -20,8 +20,9 @@ from isthmus.average.coefficients import CoefficientsLike, check_coefficients
 from isthmus.data.batches import check_data
 from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.graph.reader import Observer, observe
+from isthmus.kinds import check_kind, kind_of
 from isthmus.merging.outcome import note_outcome, outcome_of
-from isthmus.observe.given import as_modules, symmetry_of
+from isthmus.observe.given import ModelLike, as_modules, check_alignment, check_models, check_symmetry, find_symmetry
 from isthmus.observe.layers import shared_weights
 from isthmus.observe.running_statistics import normalisation_layers, reset_statistics
 from isthmus.registry import configure
@@ -41,16 +42,18 @@ class Repair(Protocol):
     Attributes:
         name: Its name in `REPAIRS`.
         text: What was done, in the words of a report.
+        needs: What it needs beside the merged model and data: `""` or `"parents"`.
     """
 
     name: ClassVar[str]
     text: ClassVar[str]
+    needs: ClassVar[str]
 
     def __call__(
         self,
         merged: nn.Module,
         data: Any,
-        parents: Sequence[nn.Module | Mapping[str, Tensor]] | None,
+        parents: Sequence[nn.Module],
         alignment: Alignment | None,
         coefficients: CoefficientsLike,
     ) -> nn.Module:
@@ -68,12 +71,13 @@ class Reset:
 
     name: ClassVar[str] = "reset"
     text: ClassVar[str] = "BatchNorm statistics measured again"
+    needs: ClassVar[str] = ""
 
     def __call__(
         self,
         merged: nn.Module,
         data: Any,
-        parents: Sequence[nn.Module | Mapping[str, Tensor]] | None,
+        parents: Sequence[nn.Module],
         alignment: Alignment | None,
         coefficients: CoefficientsLike,
     ) -> nn.Module:
@@ -105,29 +109,23 @@ class Rescale:
 
     name: ClassVar[str] = "repair"
     text: ClassVar[str] = "REPAIR: the parents' mean and spread of every unit restored"
+    needs: ClassVar[str] = "parents"
 
     def __call__(
         self,
         merged: nn.Module,
         data: Any,
-        parents: Sequence[nn.Module | Mapping[str, Tensor]] | None,
+        parents: Sequence[nn.Module],
         alignment: Alignment | None,
         coefficients: CoefficientsLike,
     ) -> nn.Module:
         """A new module with the change folded into weights and biases.
 
         Raises:
-            InputError: No parents, or another number of them than was aligned.
             ModelError: A bias is needed where the layer can hold none.
             TransformError: The alignment is of linear maps.
         """
-        if not parents:
-            raise InputError("method='repair' needs parents=, the models that were merged")
-        if alignment is not None and len(alignment) != len(parents):
-            raise InputError(
-                f"{len(parents)} parents, but the alignment holds {len(alignment)}: give the merged models"
-            )
-        return _rescale(merged, data, as_modules(parents, merged), alignment, coefficients)
+        return _rescale(merged, data, parents, alignment, coefficients)
 
     def changes(self, model: nn.Module) -> bool:
         """Any model has pre-activations."""
@@ -139,10 +137,10 @@ REPAIRS: dict[str, type[Repair]] = {"reset": Reset, "repair": Rescale}
 
 def repair(
     merged: nn.Module,
-    data: Any,
+    data: Any = None,
     method: str | Repair = "reset",
     *,
-    parents: Sequence[nn.Module | Mapping[str, Tensor]] | None = None,
+    parents: Sequence[ModelLike] | None = None,
     alignment: Alignment | None = None,
     coefficients: CoefficientsLike = None,
 ) -> nn.Module:
@@ -163,23 +161,64 @@ def repair(
 
     Raises:
         DataError: No data, empty data, or data that can be read only once.
-        InputError: Unknown method, or `"repair"` without parents or with another number of them than was aligned.
+        InputError: Unknown method, `"repair"` without parents or with another number of them than was aligned, or an
+            argument of the wrong kind.
         ModelError: A bias is needed where the layer can hold none, or statistics are undefined outside of BatchNorm
-            modules.
+            modules; or parents are of another architecture, or hold NaN or infinite weights.
+        SymmetryError: `"repair"` with an alignment of other models.
         TransformError: `"repair"` after linear maps, under which moved parents do not compute what they did.
     """
-    chosen = configure("repair", method, REPAIRS) if isinstance(method, str) else method
+    check_kind(merged, nn.Module, "merged", "give one module, what isthmus.merge returned")
+    chosen = configured_repair(method)
     check_data(data)
-    repaired = chosen(merged, data, parents, alignment, coefficients)
+    given: Sequence[nn.Module] = ()
+    if chosen.needs == "parents":
+        if parents is None:
+            raise InputError(f"method={chosen.name!r} needs parents=, the models that were merged")
+        check_models(parents, "parents")
+        if alignment is not None:
+            check_alignment(alignment, len(parents), "parents")
+            check_symmetry(alignment.symmetry, merged)
+        given = as_modules(parents, merged)
+    return repair_checked(merged, data, chosen, given, alignment, coefficients)
+
+
+def repair_checked(
+    merged: nn.Module,
+    data: Any,
+    method: Repair,
+    parents: Sequence[nn.Module] = (),
+    alignment: Alignment | None = None,
+    coefficients: CoefficientsLike = None,
+) -> nn.Module:
+    """As `repair`, of checked parents in `eval()` and an alignment of theirs.
+
+    Raises:
+        IsthmusError: What the repair raises.
+    """
+    repaired = method(merged, data, parents, alignment, coefficients)
     note_outcome(repaired, needs_repair=False)
     return repaired
+
+
+def configured_repair(method: str | Repair) -> Repair:
+    """The repair that a name, or a configured object, stands for.
+
+    Raises:
+        InputError: An unknown name, or something else.
+    """
+    if isinstance(method, str):
+        return configure("repair", method, REPAIRS)
+    if isinstance(method, type) or not isinstance(method, Repair):
+        raise InputError(f"method is {kind_of(method)}: give a name in REPAIRS or a configured repair, such as Reset()")
+    return method
 
 
 def repair_as_asked(
     merged: nn.Module,
     method: str | None,
     data: Any,
-    parents: Sequence[nn.Module | Mapping[str, Tensor]],
+    parents: Sequence[nn.Module],
     alignment: Alignment | None,
     coefficients: CoefficientsLike = None,
 ) -> nn.Module:
@@ -191,7 +230,7 @@ def repair_as_asked(
         merged: What `merge` returned.
         method: A name in `REPAIRS`, or None to leave the model as it is.
         data: Re-iterable batches of training data; None if there is none, and then nothing is repaired.
-        parents: The models that were merged.
+        parents: The models that were merged, checked and in `eval()`.
         alignment: The alignment they were merged with; None if they were averaged as they are.
         coefficients: Those of the merge.
 
@@ -209,7 +248,7 @@ def repair_as_asked(
         return merged
     if method == Reset.name and noted.statistics_measured:
         return merged
-    return repair(merged, data, method, parents=parents, alignment=alignment, coefficients=coefficients)
+    return repair_checked(merged, data, configured_repair(method), parents, alignment, coefficients)
 
 
 @dataclass(frozen=True)
@@ -242,7 +281,7 @@ def _rescale(
     weights = check_coefficients(coefficients, len(parents), merged.state_dict())
     repaired = copy.deepcopy(merged).eval()
     reset_statistics(repaired, data)
-    symmetry = symmetry_of(repaired, alignment.symmetry if alignment else None, None, data)
+    symmetry = find_symmetry(repaired, alignment.symmetry if alignment else None, None, data)
     if alignment is not None and not keeps_function(alignment):
         raise TransformError(
             "REPAIR measures the moved parents, and under linear maps they do not compute what they did: use "

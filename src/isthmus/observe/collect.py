@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isthmus.data.batches import check_data, read_batches
 from isthmus.errors import InputError, SymmetryError
 from isthmus.graph.reader import observe_batch
-from isthmus.observe.given import as_modules, symmetry_of
+from isthmus.observe.given import Inputs, as_modules, symmetry_of
 from isthmus.observe.moments import Accumulator, JointMoments, Moments
 from isthmus.progress import progress
 from isthmus.state import first_float
@@ -30,7 +30,7 @@ def collect(
     data: Any = None,
     *,
     at: str = "post",
-    inputs: tuple[Any, ...] | None = None,
+    inputs: Inputs | None = None,
 ) -> Moments:
     """Means and covariances of every space's activations, within and between models, in one pass over the data.
 
@@ -45,19 +45,27 @@ def collect(
         data: Re-iterable batches; targets are not used.
         at: `"post"` reads what the space's consumers receive, `"pre"` what enters its nonlinearities; where the graph
             shows no such place, it is the other.
-        inputs: Example inputs for tracing.
+        inputs: Example inputs for tracing, `(x,)` or `x`.
 
     Raises:
         DataError: No data, empty data, or data that can be read only once.
-        InputError: Unknown `at`, or no models.
+        InputError: Unknown `at`, no models, or something else than models, a symmetry and inputs.
         ModelError: The models are not of one architecture, or hold NaN or infinite weights.
         SymmetryError: The symmetry is of another architecture.
     """
     check_at(at)
     check_data(data)
     modules = as_modules(models)
-    symmetry = symmetry_of(modules[0], symmetry, inputs, data)
-    found, samples = _read_spaces(modules, [symmetry] * len(modules), data, at)
+    return collect_checked(modules, symmetry_of(modules[0], symmetry, inputs, data), data, at=at)
+
+
+def collect_checked(models: Sequence[nn.Module], symmetry: Symmetry, data: Any, *, at: str = "post") -> Moments:
+    """As `collect`, of checked modules in `eval()` and their symmetry with its graph.
+
+    Raises:
+        DataError: Empty data, or batches of an unknown form.
+    """
+    found, samples = _read_spaces(models, [symmetry] * len(models), data, at)
     return Moments({name: joint.of_one_size() for name, joint in found.items()}, at, samples)
 
 
@@ -77,11 +85,8 @@ def collect_joint(
 
     Raises:
         DataError: No data, empty data, or data that can be read only once.
-        InputError: Unknown `at`.
         SymmetryError: A space is read at other places in one model than in another.
     """
-    check_at(at)
-    check_data(data)
     return _read_spaces(models, symmetries, data, at)
 
 

@@ -1,21 +1,79 @@
-"""What the caller gave, checked once: models of one architecture, and their symmetry."""
+"""What the caller gave, checked once: models of one architecture, their symmetry and their alignment.
+
+A public function such as `merge` checks what it was given and calls `merge_checked`, which takes what has been checked.
+Other rooms call that too: weights are searched for NaN once a call, however often they are used in it.
+"""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from isthmus.checkpoint.fitting import check_state
+from isthmus.checkpoint.fitting import check_finite, check_state
 from isthmus.data.batches import first_batch
 from isthmus.errors import InputError, SymmetryError
+from isthmus.kinds import check_kind, kind_of
+from isthmus.state import State
+from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.tracing.trace import trace
 
+# A model as users give it, and example inputs to trace with: several in a tuple or list, or the only one as it is.
+ModelLike = nn.Module | State
+Inputs = Tensor | Sequence[Any]
+
+
+def check_models(models: Sequence[ModelLike], name: str = "models") -> None:
+    """Refuses what is no list of modules and state dicts.
+
+    Args:
+        models: What was given.
+        name: The argument's name.
+
+    Raises:
+        InputError: It is something else, holds something else, or holds none.
+    """
+    listed = isinstance(models, Sequence | nn.ModuleList) and not isinstance(models, str | bytes)
+    if not listed:
+        raise InputError(f"{name} is {kind_of(models)}: give a list of models, such as [a, b]")
+    for index, model in enumerate(models):
+        advice = "give modules or state dicts; isthmus.checkpoint.load_module reads a file into a module"
+        check_kind(model, (nn.Module, Mapping), f"{name}[{index}]", advice)
+    if not models:
+        raise InputError(f"no {name}: give at least one")
+
+
+def check_alignment(alignment: Alignment, models: int, name: str = "models") -> None:
+    """Refuses what is no alignment of so many models.
+
+    Raises:
+        InputError: It is something else, or holds another number of models.
+    """
+    check_kind(alignment, Alignment, "alignment", "give what isthmus.align returned for these models")
+    if len(alignment) != models:
+        raise InputError(
+            f"{models} {name}, but the alignment holds {len(alignment)}: give the aligned models, in order"
+        )
+
+
+def check_mixed(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Refuses a mix of checked models in which numbers are NaN or infinite, as where half precision overflows.
+
+    Args:
+        model: The mix.
+        names: The tensors to look at; all by default.
+
+    Raises:
+        ModelError: A number is NaN or infinite.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if names is None or name in names}
+    check_finite(state, "the merged model", "its numbers overflow where the models are mixed; use float32 models")
+
 
 def as_modules(
-    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    models: Sequence[ModelLike],
     module: nn.Module | None = None,
     *,
     names: Sequence[str] | None = None,
@@ -31,11 +89,12 @@ def as_modules(
         names: What to call the models in errors; "model 0", "model 1", … by default.
 
     Raises:
-        InputError: No models, or only state dicts and no module.
+        InputError: No models, something else than models, or only state dicts and no module.
         ModelError: A model is of another architecture, or holds NaN or infinite weights.
     """
-    if not models:
-        raise InputError("no models: give at least one")
+    check_models(models)
+    if module is not None:
+        check_kind(module, nn.Module, "module", "give a model of the state dicts' architecture")
     architecture = module if module is not None else next((m for m in models if isinstance(m, nn.Module)), None)
     if architecture is None:
         raise InputError("only state dicts were given: give module= too, a model of their architecture")
@@ -53,15 +112,14 @@ def as_modules(
     return modules
 
 
-def as_own_modules(models: Sequence[nn.Module | Mapping[str, Tensor]]) -> list[nn.Module]:
+def as_own_modules(models: Sequence[ModelLike]) -> list[nn.Module]:
     """All models as modules in `eval()`, each of an architecture of its own.
 
     Raises:
-        InputError: No models, or a state dict, whose architecture is not known.
+        InputError: No models, something else than models, or a state dict, whose architecture is not known.
         ModelError: A model holds NaN or infinite weights.
     """
-    if not models:
-        raise InputError("no models: give at least one")
+    check_models(models)
     modules: list[nn.Module] = []
     for index, model in enumerate(models):
         if not isinstance(model, nn.Module):
@@ -70,33 +128,43 @@ def as_own_modules(models: Sequence[nn.Module | Mapping[str, Tensor]]) -> list[n
     return modules
 
 
-def differ_in_width(models: Sequence[nn.Module | Mapping[str, Tensor]]) -> bool:
+def differ_in_width(models: Sequence[ModelLike]) -> bool:
     """Whether all models have tensors of the same names, but not all of the same shapes."""
     states = [model.state_dict() if isinstance(model, nn.Module) else model for model in models]
     alike = all(state.keys() == states[0].keys() for state in states)
     return alike and any(tensor.shape != states[0][name].shape for state in states for name, tensor in state.items())
 
 
-def symmetry_of(model: nn.Module, symmetry: Symmetry | None, inputs: tuple[Any, ...] | None, data: Any) -> Symmetry:
+def symmetry_of(model: nn.Module, symmetry: Symmetry | None, inputs: Inputs | None, data: Any) -> Symmetry:
     """The symmetry that was given, with its graph if one can be had, or the one found on `inputs` or the first batch.
 
     Raises:
-        InputError: Neither a symmetry nor anything to trace with.
+        InputError: Neither a symmetry nor anything to trace with, or something else than a symmetry.
         SymmetryError: The symmetry that was given is not the model's.
     """
     if symmetry is not None:
         check_symmetry(symmetry, model)
-        if symmetry.graph is not None:
-            return symmetry
+    return find_symmetry(model, symmetry, inputs, data)
+
+
+def find_symmetry(model: nn.Module, symmetry: Symmetry | None, inputs: Inputs | None, data: Any) -> Symmetry:
+    """As `symmetry_of`, of a symmetry that has been checked.
+
+    Raises:
+        InputError: Neither a symmetry nor anything to trace with.
+        SymmetryError: The symmetry is not that of the model's graph.
+    """
+    if symmetry is not None and symmetry.graph is not None:
+        return symmetry
     found = None
     if inputs is not None:
-        found = trace(model, *inputs)
+        found = trace(model, *(inputs if isinstance(inputs, tuple | list) else (inputs,)))
     elif data is not None:
         batch = first_batch(data).head(2).like(model.state_dict())
         found = trace(model, *batch.args, kwargs=batch.kwargs)
     if symmetry is None:
         if found is None:
-            raise InputError("no symmetry: give symmetry=isthmus.trace(model, inputs), or inputs=(x,) to trace it here")
+            raise InputError("no symmetry: give symmetry=isthmus.trace(model, inputs), or inputs=x to trace it here")
         return found
     if found is None:
         return symmetry
@@ -111,8 +179,10 @@ def check_symmetry(symmetry: Symmetry, model: nn.Module) -> None:
     """Refuses a symmetry of another architecture.
 
     Raises:
+        InputError: It is no symmetry.
         SymmetryError: The model's tensors have other names or shapes than the traced model's.
     """
+    check_kind(symmetry, Symmetry, "symmetry", "give what isthmus.trace returned, or inputs=x to trace it here")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     traced = {name: tuple(shape) for name, shape in symmetry.shapes.items()}
     for name in [*traced, *shapes]:

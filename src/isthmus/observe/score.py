@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from isthmus.data.batches import read_batches
 from isthmus.errors import DataError, ModelError
+from isthmus.kinds import check_kind
 from isthmus.observe.given import as_modules
 from isthmus.wording import told_by_fields
 
@@ -33,17 +34,33 @@ class Score:
 def evaluate(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:
     """Mean loss and accuracy of a model, in `eval()`, on labelled batches.
 
+    Args:
+        model: The model.
+        data: Re-iterable labelled batches.
+        loss: Mean loss from outputs and targets; cross-entropy by default.
+
+    Raises:
+        DataError: Data without targets, empty, or readable only once; or a target that is no class of the model.
+        InputError: The model is no module.
+        ModelError: The outputs are no class scores and no `loss` was given; or the model holds NaN or infinite weights.
+    """
+    check_kind(model, nn.Module, "model", "give a module")
+    return evaluate_checked(as_modules([model])[0], data, loss=loss)
+
+
+def evaluate_checked(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:
+    """As `evaluate`, of a checked module in `eval()`.
+
     Raises:
         DataError: Data without targets, empty, or readable only once; or a target that is no class of the model.
         ModelError: The outputs are no class scores and no `loss` was given.
     """
-    modules = as_modules([model])
     total, right, count, classes = 0.0, 0, 0, True
-    for batch in read_batches(data, like=modules[0].state_dict()):
+    for batch in read_batches(data, like=model.state_dict()):
         if batch.targets is None:
             raise DataError("the data has no targets: scoring a model needs batches (x, y)")
         with torch.no_grad():
-            output = modules[0](*batch.args, **batch.kwargs)
+            output = model(*batch.args, **batch.kwargs)
         size = batch.targets.numel() if isinstance(batch.targets, Tensor) else batch.size
         mean = loss(output, batch.targets) if loss is not None else cross_entropy(output, batch.targets)
         scores = class_scores(output)

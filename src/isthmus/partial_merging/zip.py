@@ -9,15 +9,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from isthmus.errors import DataError, InputError, SymmetryError
-from isthmus.match import METHODS
+from isthmus.kinds import check_seed
+from isthmus.match.aligning import configured_method
 from isthmus.match.base import Match, MatchingProblem, match_timed
 from isthmus.match.nested import family_of, roots_of
 from isthmus.merging.fold import fold_norm_gains
 from isthmus.merging.merge import variances_met
-from isthmus.observe.given import as_own_modules, symmetry_of
+from isthmus.observe.given import Inputs, ModelLike, as_own_modules, symmetry_of
 from isthmus.partial_merging.cut import Cut, cut_all, restrict, shared_tensors
 from isthmus.partial_merging.module import Part, PartialZip, ReadBack, Tensors
-from isthmus.registry import configure
 from isthmus.state import upcast
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.gains import has_diagonal_sites
@@ -27,12 +27,12 @@ from isthmus.symmetry.transform import Permutation, Transform, invert, move_stat
 
 
 def partial_zip(
-    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    models: Sequence[ModelLike],
     data: Any = None,
     stop: str | None = None,
     *,
     method: str | Match = "zipit",
-    inputs: tuple[Any, ...] | None = None,
+    inputs: Inputs | None = None,
     seed: int = 0,
 ) -> "PartialZip":
     """One module of several models: a merged trunk up to a space, and every model's own layers from there on.
@@ -47,12 +47,13 @@ def partial_zip(
         stop: Name of the first space, in the order of the first model's symmetry, that is not merged any more. None
             merges all spaces: only what lies in no space, such as the last layer's outputs, is every model's own.
         method: A name in `METHODS` or a configured method.
-        inputs: Example inputs for tracing; by default the first batch.
+        inputs: Example inputs for tracing, `(x,)` or `x`; by default the first batch.
         seed: Seeds methods that draw random numbers.
 
     Raises:
         DataError: The method needs data and got none, or statistics are undefined and there is none to measure them on.
-        InputError: No models, state dicts, a nested space to stop at, or no way to find the symmetry.
+        InputError: No models, state dicts, a nested space to stop at, no way to find the symmetry, or an argument of
+            the wrong kind.
         ModelError: A model holds NaN or infinite weights.
         SymmetryError: No such space, or a space below it that is another one in some model.
         TraceError: An operation in place writes over what is read across the border of the trunk.
@@ -60,7 +61,8 @@ def partial_zip(
     Source: Stoica, Bolya, Bjorner, Ramesh, Hearn, Hoffman, ZipIt!, ICLR 2024 (partial zip).
     """
     modules = as_own_modules(models)
-    configured = configure("matching method", method, METHODS) if isinstance(method, str) else method
+    configured = configured_method(method)
+    check_seed(seed)
     MatchingProblem(modules, Symmetry((), (), {}), data, seed).require(configured.needs, configured.name)
     symmetries = [symmetry_of(model, None, inputs, data) for model in modules]
     names = _spaces_before(symmetries, stop)
