@@ -19,6 +19,9 @@ LONGEST_FILE, LONGEST_FUNCTION = 450, 60
 # Files at the top beside `__init__`, and floors: a newcomer sees all of either at one glance.
 MOST_LOOSE_FILES, MOST_FLOORS = 6, 14
 
+# Fields that hold what has any form: options by name, what a method reports beside its result, a file's JSON.
+FREE_FORM = {"details", "options", "report"}
+
 
 def _source_files() -> list[Path]:
     return sorted(SOURCE.rglob("*.py"))
@@ -142,3 +145,18 @@ def test_the_house_has_few_floors_and_no_back_stairs():
     for contract in floors:
         assert len(contract["layers"]) <= MOST_FLOORS
     assert not any("ignore_imports" in contract for contract in settings["contracts"])
+
+
+def test_fields_of_public_dataclasses_have_types():
+    untyped = [
+        f"{module}.{node.name}.{field.target.id}: {ast.unparse(field.annotation)}"
+        for module, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        if any("dataclass" in ast.unparse(each) for each in node.decorator_list)
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if field.target.id not in FREE_FORM
+        if any(isinstance(part, ast.Name) and part.id == "Any" for part in ast.walk(field.annotation))
+    ]
+    assert untyped == []

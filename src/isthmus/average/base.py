@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from isthmus.average.coefficients import Coefficients
+from isthmus.data.batches import Data
 from isthmus.state import State, first_float
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.groups import keeps_function
@@ -32,7 +33,7 @@ class AveragingProblem:
     states: Sequence[State]
     coefficients: Coefficients
     module: nn.Module
-    data: Any = None
+    data: Data | None = None
     base: State | None = None
     seed: int = 0
     models: Sequence[nn.Module] = ()

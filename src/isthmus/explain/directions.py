@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from isthmus.data.batches import check_data
+from isthmus.data.batches import Data, check_data
 from isthmus.errors import InputError
 from isthmus.explain.spectrum import measure_spectra, plain
 from isthmus.explain.taylor import in_float
@@ -224,9 +224,9 @@ class Bench:
 
     models: Sequence[nn.Module]
     symmetry: Symmetry
-    data: Any
+    data: Data
     repair: str | None
-    calibration: Any
+    calibration: Data | None
     loss: Loss | None = None
     thresholds: Sequence[float] = field(default=(0.0, 0.3))
 

@@ -4,11 +4,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
-from isthmus.data.batches import is_labelled
+from isthmus.data.batches import Data, is_labelled
 from isthmus.errors import DataError
 from isthmus.merging.fold import fold_norm_gains
 from isthmus.observe.collect import collect_checked, collect_joint
@@ -36,7 +36,7 @@ class MatchingProblem:
 
     models: Sequence[nn.Module]
     symmetry: Symmetry
-    data: Any = None
+    data: Data | None = None
     seed: int = 0
     symmetries: Sequence[Symmetry] = ()
     _joint: dict[str, dict[str, JointMoments]] = field(default_factory=dict[str, dict[str, JointMoments]], repr=False)

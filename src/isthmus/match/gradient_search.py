@@ -86,9 +86,10 @@ class TaskLoss:
         scores = class_scores(output)
         if scores is None or not are_classes(batch.targets, scores):
             shape = tuple(scores.shape) if scores is not None else type(output).__name__
+            given = tuple(batch.targets.shape) if isinstance(batch.targets, Tensor) else type(batch.targets).__name__
             raise ModelError(
-                f"outputs {shape} are no class scores for targets {tuple(batch.targets.shape)}: a search by the task "
-                "loss is for classifiers; use a method that needs no labels"
+                f"outputs {shape} are no class scores for targets {given}: a search by the task loss is for "
+                "classifiers; use a method that needs no labels"
             )
         return cross_entropy(output, batch.targets)
 
@@ -162,7 +163,7 @@ def _counted(batch: Batch) -> int:
 
 def _parts_of(batch: Batch, size: int) -> list[Batch]:
     """A batch in even parts of at most `size` samples; whole where some tensor of it is not one row a sample."""
-    targets = batch.targets
+    targets: Any = batch.targets
     tensors = [x for x in pytree.tree_leaves((batch.args, dict(batch.kwargs), targets)) if isinstance(x, Tensor)]
     if batch.size <= size or not all(x.ndim and len(x) == batch.size for x in tensors):
         return [batch]

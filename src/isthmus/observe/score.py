@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ def class_scores(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.ndim >= 2 else None
 
 
-def are_classes(targets: Any, scores: Tensor) -> bool:
+def are_classes(targets: object, scores: Tensor) -> TypeGuard[Tensor]:
     """Whether targets are numbers of classes, one for each row of scores."""
     return isinstance(targets, Tensor) and not targets.is_floating_point() and targets.shape == scores.shape[:-1]
 
