@@ -1,31 +1,9 @@
 """Arguments of the wrong kind: one line that says what was given, and what to give."""
 
-from collections.abc import Collection, Mapping
-
-from torch import Tensor, nn
-
 from isthmus.errors import InputError
+from isthmus.wording import kind_of
 
-LONGEST_TEXT = 40  # characters of a text that a message repeats
-
-
-def kind_of(value: object) -> str:
-    """What a value is, in words: `a Tensor of shape (2, 3)`, `a list of 2`, `the text 'x'`, `the class CCA`."""
-    if value is None or isinstance(value, bool):
-        return repr(value)
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if isinstance(value, str):
-        return f"the text {value if len(value) <= LONGEST_TEXT else value[:LONGEST_TEXT] + '…'!r}"
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    if isinstance(value, Tensor):
-        return f"a Tensor of shape {tuple(value.shape)}"
-    name = type(value).__name__
-    if isinstance(value, nn.Module):
-        return f"a model ({name})"
-    known_length = isinstance(value, list | tuple | set | frozenset | Mapping) and isinstance(value, Collection)
-    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}" + (f" of {len(value)}" if known_length else "")
+__all__ = ["check_kind", "check_seed", "check_whole", "kind_of"]
 
 
 def check_kind(value: object, kind: type | tuple[type, ...], name: str, advice: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from isthmus.errors import InputError
-from isthmus.kinds import kind_of
+from isthmus.wording import kind_of
 
 T = TypeVar("T")
 

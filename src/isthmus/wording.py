@@ -2,7 +2,7 @@
 
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor, nn
@@ -87,6 +87,25 @@ def _list_in_short(value: "Mapping[object, object] | Sequence[object] | set[obje
         inner = ", ".join(_in_short(each) for each in value)
         return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
     return f"<{counted(len(value), 'item')}>"
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in words: `a Tensor of shape (2, 3)`, `a list of 2`, `the text 'x'`, `the class CCA`."""
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, str):
+        return f"the text {value if len(value) <= LONGEST_NAME else value[:LONGEST_NAME] + '…'!r}"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, Tensor):
+        return f"a Tensor of shape {tuple(value.shape)}"
+    name = type(value).__name__
+    if isinstance(value, nn.Module):
+        return f"a model ({name})"
+    known_length = isinstance(value, list | tuple | set | frozenset | Mapping) and isinstance(value, Collection)
+    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}" + (f" of {len(value)}" if known_length else "")
 
 
 def plain_table(head: Sequence[str], rows: Sequence[Sequence[str | int]]) -> str:

@@ -169,7 +169,7 @@ def repair(
         TransformError: `"repair"` after linear maps, under which moved parents do not compute what they did.
     """
     check_kind(merged, nn.Module, "merged", "give one module, what isthmus.merge returned")
-    chosen = configured_repair(method)
+    chosen = _configured_repair(method)
     check_data(data)
     given: Sequence[nn.Module] = ()
     if chosen.needs == "parents":
@@ -201,7 +201,7 @@ def repair_checked(
     return repaired
 
 
-def configured_repair(method: str | Repair) -> Repair:
+def _configured_repair(method: str | Repair) -> Repair:
     """The repair that a name, or a configured object, stands for.
 
     Raises:
@@ -248,7 +248,7 @@ def repair_as_asked(
         return merged
     if method == Reset.name and noted.statistics_measured:
         return merged
-    return repair_checked(merged, data, configured_repair(method), parents, alignment, coefficients)
+    return repair_checked(merged, data, _configured_repair(method), parents, alignment, coefficients)
 
 
 @dataclass(frozen=True)
