@@ -22,8 +22,8 @@ from isthmus.progress import progress
 class GreedySoup:
     """Starts with the best model and takes in each next best one that does not raise the loss of the mean.
 
-    The loss is that on batches that are held out from the given ones, the last of them. BatchNorm statistics of every
-    mean are measured on the others; at the end on all. The moved models must compute what they did. A model that is
+    The loss is measured on held-out batches, the last of the given ones. BatchNorm statistics of every mean are
+    measured on the other batches, and at the end on all. The moved models must compute what they did. A model that is
     left out counts nothing, so that the result is the best model itself where no other one fits to it.
 
     Attributes:

@@ -21,8 +21,8 @@ class RegMean:
     """W = (Σ c_m W_m G_m) (Σ c_m G_m)⁻¹ for every linear layer and convolution; all other tensors are plain means.
 
     G_m is the uncentred Gram matrix of what parent m's layer reads, in the common frame, its off-diagonal numbers times
-    `shrink`. A convolution is a linear layer on patches, of which `rows` a layer are drawn. A layer in which one parent
-    alone counts is that parent's, exactly: W_m G_m G_m⁻¹ is not computed.
+    `shrink`. A convolution is a linear layer on patches; `rows` of them are drawn for each layer. Where one parent
+    alone counts in a layer, the layer is exactly that parent's: W_m G_m G_m⁻¹ is not computed.
 
     Attributes:
         samples: Inputs to use, from the start of the data.

@@ -133,7 +133,7 @@ class MatchedPart:
         distance: L2 distance after matching, over all trained tensors.
         distance_ratio: That over the distance before.
         barrier: Rise of the loss at λ = ½ above the mean of both ends.
-        error_barrier: The same of the error; NaN where targets are no classes.
+        error_barrier: Rise of the error at λ = ½ above the mean of both ends; NaN where targets are no classes.
         overlaps: R of the whole network at each threshold, after matching.
     """
 

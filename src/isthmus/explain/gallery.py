@@ -67,7 +67,7 @@ class Gallery:
 
 
 def _choose_units(own: SpaceFates, each: int) -> list[tuple[int, str]]:
-    """The units to show: those whose least correlation with a model is highest, in the middle, and lowest."""
+    """The units to show: their least correlation with a model is the highest, in the middle, or the lowest."""
     order = own.merged.min(dim=0).values.argsort(descending=True, stable=True).tolist()
     middle = max(0, len(order) // 2 - each // 2)
     parts = (order[:each], order[middle : middle + each], order[max(0, len(order) - each) :])
@@ -181,7 +181,7 @@ class PickedUnits:
 
 
 def _pick_units(own: SpaceFates, each: int) -> PickedUnits:
-    """The best, the middle and the worst units of a space, and those of every network in their slots."""
+    """The best, middle and worst units of a space, and every network's units in their slots."""
     picked = _choose_units(own, each)
     slots = [unit for unit, _ in picked]
     sources: dict[str, list[int]] = {

@@ -30,7 +30,7 @@ def answer_questions(
             before any repair, and `"mended"`, the result.
         repaired: Whether the result was repaired at all; if not, what repair does was not measured.
 
-    Source: the questions are those of Zou et al., UniReps 2024, as far as its abstract tells; thresholds are this
+    Source: the questions are Zou et al.'s, UniReps 2024, as far as its abstract tells; thresholds are this
         project's own.
     """
     own = [space for space in spaces.values() if space.merged.shape[1]]

@@ -52,7 +52,7 @@ class Covariances:
 
     @staticmethod
     def of_rows(x: Float[Tensor, "samples p"], y: Float[Tensor, "samples q"]) -> "Covariances":
-        """Those of activations, one row a sample, summed in float64.
+        """The covariances of activations, one row a sample, summed in float64.
 
         Raises:
             DataError: No samples, or NaN or infinite numbers.
@@ -65,7 +65,7 @@ class Covariances:
 
     @staticmethod
     def of_moments(moments: SpaceMoments | JointMoments, first: int = 0, second: int = 1) -> "Covariances":
-        """Those of one space of two models, as `isthmus.collect` read them: `collect(…)["name"]`."""
+        """The covariances of one space of two models, as `isthmus.collect` read them: `collect(…)["name"]`."""
         pairs = ((first, first), (second, second), (first, second))
         own, other, between = (moments.between(*pair).double() for pair in pairs)
         return Covariances(own, other, between, moments.count, MOMENTS_PRECISION)
@@ -157,7 +157,7 @@ def svcca(covariances: Covariances, variance: float = 0.99) -> float:
     It is the same after any rotation, reflection or common scaling of either network's units.
 
     Args:
-        covariances: Those of both networks.
+        covariances: Covariances of both networks' units.
         variance: Share of each network's variance that its kept principal directions hold.
 
     Raises:

@@ -101,7 +101,7 @@ class LayerSpectrum:
             span of A's top k right singular directions; None if it was not measured.
         note: Why `_input_shares` is None, or "".
         distance_before: ‖W_A − W_B‖, Frobenius.
-        distance_after: The same in the common frame.
+        distance_after: The same distance in the common frame.
     """
 
     name: str
@@ -161,7 +161,7 @@ class Spectra:
         layers: One entry a weight matrix, in the order in which the graph runs them.
         skipped: Every other trained tensor of two or more dimensions, with the reason.
         distance_before: L2 distance over all trained tensors, biases and gains of norms among them.
-        distance_after: The same in the common frame.
+        distance_after: The same distance in the common frame.
         exact: Whether every transform is a permutation.
         method: Name of the matching method.
     """

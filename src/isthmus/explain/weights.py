@@ -67,7 +67,7 @@ class Factors:
         return known.double()
 
     def ordered(self, numbers: Float[Tensor, "blocks ranks"]) -> Float[Tensor, " kept"]:
-        """One number a direction, those of the largest singular values first; directions of value zero left out."""
+        """One number a direction, by falling singular value; directions of value zero are left out."""
         order = self.values.flatten().argsort(descending=True, stable=True)
         return numbers.flatten()[order[self.kept(0.0).flatten()[order] > 0]]
 

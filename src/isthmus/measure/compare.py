@@ -72,7 +72,7 @@ class Comparison:
     Attributes:
         parents: The models' own scores.
         ensemble: Score of the mean of their class scores.
-        rows: One a way of merging, in the order of the methods.
+        rows: One row for each way of merging, in the order of the methods.
     """
 
     parents: tuple[Score, ...]

@@ -203,7 +203,7 @@ def score_mixed(
         loss: Mean loss from outputs and targets; cross-entropy by default.
 
     Returns:
-        The score with statistics mixed as the weights are, and that with re-estimated ones.
+        The score with statistics mixed as the weights are, and the score with re-estimated ones.
 
     Raises:
         DataError: Data without targets, or empty.

@@ -171,9 +171,9 @@ def walk_simplex(
 ) -> Simplex:
     """Loss and accuracy on `data` where the weights of three models or more, all in one frame, are mixed.
 
-    Three models span a triangle, which is walked on a grid of `points` places an edge, and at its centre. Of more
-    models, whose grids grow too large, the places are the vertices, the middle of every edge, the centre of every
-    triangle, and the centre of all.
+    Three models span a triangle, which is walked on a grid of `points` places an edge, and at its centre. For
+    more models such a grid would grow too large: there the places are the vertices, the middle of every edge, the
+    centre of every triangle, and the centre of all.
 
     Args:
         models: Modules or state dicts, each as `apply` returned it.

@@ -157,7 +157,7 @@ def repair(
         method: `"reset"`, `"repair"`, or a configured repair.
         parents: For `"repair"`: the models that were merged.
         alignment: For `"repair"`: the alignment they were merged with; None if they were averaged as they are.
-        coefficients: For `"repair"`: those of the merge.
+        coefficients: For `"repair"`: the coefficients that the models were merged with.
 
     Raises:
         DataError: No data, empty data, or data that can be read only once.
@@ -232,7 +232,7 @@ def repair_as_asked(
         data: Re-iterable batches of training data; None if there is none, and then nothing is repaired.
         parents: The models that were merged, checked and in `eval()`.
         alignment: The alignment they were merged with; None if they were averaged as they are.
-        coefficients: Those of the merge.
+        coefficients: The coefficients that they were merged with.
 
     Raises:
         DataError: The merge left undefined statistics, and nothing is to be repaired or there is no data.

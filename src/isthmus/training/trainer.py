@@ -32,10 +32,10 @@ class Epoch:
     """Mean cross-entropy in nats and accuracy in [0, 1] over one epoch.
 
     Attributes:
-        loss: of the training batches while the weights move, augmented and smoothed as trained.
-        accuracy: of the same.
-        validation_loss: on the held-out samples after the epoch; None without any.
-        validation_accuracy: of the same.
+        loss: mean loss on the training batches while the weights move, augmented and smoothed as trained.
+        accuracy: accuracy on these batches.
+        validation_loss: mean loss on the held-out samples after the epoch; None where none are held out.
+        validation_accuracy: accuracy on the held-out samples; None where none are held out.
     """
 
     loss: float
@@ -72,7 +72,7 @@ def train(
             reads, and then the seed draws the initial weights too.
         data: its training part is trained on; the test part is never read.
         options: the recipe.
-        seed: of the order of the samples, of augmentation and dropout, and of initial weights if model is text.
+        seed: seeds the order of the samples, augmentation, dropout, and the initial weights if `model` is text.
         indices: only these training samples, as from `split_for_models`.
         holdout: training samples held out and scored after every epoch (`DataSet.validation`).
         resume: a checkpoint written after every epoch, and continued from where it exists.
