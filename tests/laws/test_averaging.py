@@ -10,20 +10,14 @@ import isthmus
 from helpers.pairs import CNN, MLP, data_of, lively, symmetry
 from isthmus.average import AVERAGES
 from isthmus.average.base import Average
-from isthmus.average.dare import Dare
-from isthmus.average.ties import Ties
 
 EVERY_AVERAGE = pytest.mark.parametrize("average", AVERAGES)
-# Averages that trim or drop, told not to.
-WHOLE = {"ties": Ties(density=1.0), "dare": Dare(drop=0.0)}
-# Averages that fit weights to data.
-FITTED = ("pleas", "regmean")
 EVERY_NETWORK = pytest.mark.parametrize("name", [MLP, CNN])
 
 
 def merge(average: str, name: str, models, alignment=None, **options) -> torch.nn.Module:
     """The merge with all that an average may need; what is thrown away by chance or by size is kept here."""
-    chosen = WHOLE.get(average, average)
+    chosen = AVERAGES[average].whole()
     return isthmus.merge(models, alignment, chosen, data=data_of(name, samples=200), base=lively(name, 9), **options)
 
 
@@ -35,12 +29,17 @@ def assert_close(a: torch.nn.Module, b: torch.nn.Module) -> None:
 
 def assert_alike(average: str, name: str, a: torch.nn.Module, b: torch.nn.Module) -> None:
     """Equal weights; where weights are fitted, equal functions on what they were fitted to."""
-    if average not in FITTED:
+    if not AVERAGES[average].fits:
         return assert_close(a, b)
     x = torch.cat([x for x, _ in data_of(name, samples=200)])
     with torch.no_grad():  # the ridge is 1e-4 of the inputs' mean variance, and may bend what the data leaves open
         torch.testing.assert_close(a(x), b(x), rtol=1e-3, atol=1e-3)
     return None
+
+
+def most(average: str) -> int:
+    """How many models are joined here, where it takes so many."""
+    return 2 if AVERAGES[average].joins_two else 3
 
 
 def test_every_entry_of_the_table_is_an_average_of_that_name():
@@ -64,14 +63,14 @@ def test_the_average_of_one_model_is_that_model(name, average):
 @EVERY_NETWORK
 def test_the_average_of_copies_is_the_model(name, average):
     model = lively(name, 0)
-    copies = [model, copy.deepcopy(model), model][: 2 if average == "slerp" else 3]
+    copies = [model, copy.deepcopy(model), model][: most(average)]
     assert_alike(average, name, merge(average, name, copies), model)
 
 
 @EVERY_AVERAGE
 @EVERY_NETWORK
 def test_the_order_of_the_models_does_not_matter(name, average):
-    count = 2 if average == "slerp" else 3
+    count = most(average)
     models = [lively(name, seed) for seed in range(count)]
     coefficients = [1.0, 2.0, 3.0][:count]
     there = merge(average, name, models, coefficients=coefficients)

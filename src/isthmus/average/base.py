@@ -1,9 +1,10 @@
 """What every way of averaging is: a configured object that turns aligned states into one state."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -75,22 +76,42 @@ class Averaged:
         return told(self, counted(len(self.state), "tensor"), measured)
 
 
-@runtime_checkable
-class Average(Protocol):
+class Average(ABC):
     """A way of averaging: a frozen dataclass whose fields are its options.
+
+    It should be the case that:
+
+    - the average of one model, and of several of which one alone counts, is that model;
+    - the average of copies of a model is that model;
+    - the order of the models does not matter, where their coefficients go with them;
+    - only the ratio of coefficients matters;
+    - the same models, data and seed give the same bytes, whatever else has drawn random numbers;
+    - nothing that it was given changes, and the result shares no memory with it;
+    - every tensor keeps the precision that it has in the first state.
+
+    `tests/laws/test_averaging.py` states these as tests, and runs them for every average of the table.
 
     Attributes:
         name: Its name in `AVERAGES`.
-        needs: What it needs beside the states: `""`, `"data"`, `"labels"` or `"base"`.
+        fits: Whether it fits weights to data: of copies it then makes a network that computes the same on that data,
+            of other weights.
+        joins_two: Whether it is defined for two models only.
     """
 
     name: ClassVar[str]
+    fits: ClassVar[bool] = False
+    joins_two: ClassVar[bool] = False
 
     @property
     def needs(self) -> str:
-        """What the average needs beside the states."""
-        ...
+        """What it needs beside the states: `""`, `"data"`, `"labels"` or `"base"`."""
+        return ""
 
+    @classmethod
+    def whole(cls) -> "Average":
+        """The average with options under which it throws nothing away by chance or by size: for the laws."""
+        return cls()
+
+    @abstractmethod
     def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The averaged floating-point tensors, and which running statistics were measured anew."""
-        ...

@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import torch
 
-from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.base import Average, Averaged, AveragingProblem
 from isthmus.average.task_vectors import add_to_base, check_scale, disjoint_mean, task_vectors, weighted_sum
 from isthmus.errors import InputError
 
 
 @dataclass(frozen=True)
-class Dare:
+class Dare(Average):
     """Drops a random share of every task vector's numbers, scales the rest up to make good, then merges.
 
     Attributes:
@@ -39,6 +39,11 @@ class Dare:
         if self.then not in ("sum", "ties"):
             raise InputError(f"then={self.then!r}: use 'sum' or 'ties'")
         check_scale(self.scale)
+
+    @classmethod
+    def whole(cls) -> "Dare":
+        """Nothing is dropped."""
+        return cls(drop=0.0)
 
     def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The merged tensors."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.base import Average, Averaged, AveragingProblem
 from isthmus.average.mean import weighted_mean
 from isthmus.data.batches import read_batches
 from isthmus.errors import InputError, ModelError
@@ -16,7 +16,7 @@ from isthmus.progress import progress
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(Average):
     """Σ c_m F_m θ_m / Σ c_m F_m, F_m the diagonal of model m's Fisher information.
 
     F is the mean squared gradient of the log-probability of a class that is drawn from the model's own prediction,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.base import Average, Averaged, AveragingProblem
 from isthmus.average.coefficients import Coefficients
 from isthmus.average.mean import weighted_mean
 from isthmus.data.batches import Batch, split_batches
@@ -19,7 +19,7 @@ from isthmus.progress import progress
 
 
 @dataclass(frozen=True)
-class GreedySoup:
+class GreedySoup(Average):
     """Starts with the best model and takes in each next best one that does not raise the loss of the mean.
 
     The loss is measured on held-out batches, the last of the given ones. BatchNorm statistics of every mean are

@@ -6,19 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.base import Average, Averaged, AveragingProblem
 
 
 @dataclass(frozen=True)
-class Mean:
+class Mean(Average):
     """Σ c_m θ_m, tensor by tensor; sums are float64."""
 
     name: ClassVar[str] = "mean"
-
-    @property
-    def needs(self) -> str:
-        """Nothing but the weights."""
-        return ""
 
     def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The weighted mean of every floating-point tensor."""

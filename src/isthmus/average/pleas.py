@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.base import Average, Averaged, AveragingProblem
 from isthmus.average.mean import weighted_mean
 from isthmus.data.batches import Batch
 from isthmus.errors import InputError
@@ -44,7 +44,7 @@ TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class PLeaS:
+class PLeaS(Average):
     """Fits each layer, in the order of the graph, to the weighted mean of the aligned parents' outputs.
 
     The merged layer is regressed, from what the *merged* network computes below it, onto Σ c_m T_m z_m, where z_m is
@@ -72,6 +72,7 @@ class PLeaS:
     rectified_steps: int = 3
 
     name: ClassVar[str] = "pleas"
+    fits: ClassVar[bool] = True
 
     @property
     def needs(self) -> str:

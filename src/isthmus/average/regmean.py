@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.base import Average, Averaged, AveragingProblem
 from isthmus.average.mean import weighted_mean
 from isthmus.errors import InputError
 from isthmus.graph.reader import node_shapes, observe_batch, program_for
@@ -17,7 +17,7 @@ from isthmus.symmetry.symmetry import Symmetry
 
 
 @dataclass(frozen=True)
-class RegMean:
+class RegMean(Average):
     """W = (Σ c_m W_m G_m) (Σ c_m G_m)⁻¹ for every linear layer and convolution; all other tensors are plain means.
 
     G_m is the uncentred Gram matrix of what parent m's layer reads, in the common frame, its off-diagonal numbers times
@@ -38,6 +38,7 @@ class RegMean:
     shrink: float = 0.9
 
     name: ClassVar[str] = "regmean"
+    fits: ClassVar[bool] = True
 
     @property
     def needs(self) -> str:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.base import Average, Averaged, AveragingProblem
 from isthmus.errors import InputError
 
 # Directions whose cosine is above this are so near that the arc is a line.
@@ -15,7 +15,7 @@ PARALLEL = 0.9995
 
 
 @dataclass(frozen=True)
-class Slerp:
+class Slerp(Average):
     """Moves from the first model to the second along an arc, tensor by tensor; the second's weight is the share.
 
     Tensors of the same direction (cosine above 0.9995, or below −0.9995, where no arc is defined), and those that are
@@ -25,11 +25,7 @@ class Slerp:
     """
 
     name: ClassVar[str] = "slerp"
-
-    @property
-    def needs(self) -> str:
-        """Nothing but the weights."""
-        return ""
+    joins_two: ClassVar[bool] = True
 
     def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The interpolated tensors.

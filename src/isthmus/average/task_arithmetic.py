@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.base import Average, Averaged, AveragingProblem
 from isthmus.average.task_vectors import add_to_base, check_scale, task_vectors, weighted_sum
 
 
 @dataclass(frozen=True)
-class TaskArithmetic:
+class TaskArithmetic(Average):
     """base + scale · Σ c_m (θ_m − base).
 
     The coefficients sum to one: scale 1 is the models' mean, scale N (their number) the plain sum of task vectors.

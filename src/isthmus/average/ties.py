@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import torch
 
-from isthmus.average.base import Averaged, AveragingProblem
+from isthmus.average.base import Average, Averaged, AveragingProblem
 from isthmus.average.task_vectors import TaskVector, add_to_base, check_scale, disjoint_mean, task_vectors
 from isthmus.errors import InputError
 
 
 @dataclass(frozen=True)
-class Ties:
+class Ties(Average):
     """Keeps each task vector's largest numbers, elects a sign for every number, and averages the models that agree.
 
     Attributes:
@@ -35,6 +35,11 @@ class Ties:
         if not 0 < self.density <= 1:
             raise InputError(f"density={self.density}: give a share above 0 and up to 1")
         check_scale(self.scale)
+
+    @classmethod
+    def whole(cls) -> "Ties":
+        """Nothing is trimmed."""
+        return cls(density=1.0)
 
     def __call__(self, aligned: AveragingProblem) -> Averaged:
         """The merged tensors."""
