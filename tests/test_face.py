@@ -181,8 +181,8 @@ def test_no_public_class_is_left_out():
         for name in face.__all__:
             thing = getattr(face, name)
             if inspect.isclass(thing) and not issubclass(thing, Exception | isthmus.Group):
-                protocol = getattr(thing, "_is_protocol", False)
-                assert protocol or thing in built, f"{face.__name__}.{name} has no object in this test"
+                abstract = inspect.isabstract(thing) or getattr(thing, "_is_protocol", False)
+                assert abstract or thing in built, f"{face.__name__}.{name} has no object in this test"
 
 
 def test_a_partial_merge_tells_itself():

@@ -5,8 +5,8 @@ there is to enter: `AVERAGES` is made of the classes that stand here, by their `
 """
 # ruff: noqa: I001 (the order of the lines is the order of the table)
 
-from isthmus.average.base import Average as Average, Averaged as Averaged, AveragingProblem as AveragingProblem
-from isthmus.average.coefficients import Coefficients as Coefficients
+from isthmus.average.base import Average, Averaged, AveragingProblem
+from isthmus.average.coefficients import Coefficients
 from isthmus.registry import table_of
 
 from isthmus.average.mean import Mean as Mean
@@ -20,3 +20,6 @@ from isthmus.average.pleas import PLeaS as PLeaS
 from isthmus.average.greedy_soup import GreedySoup as GreedySoup
 
 AVERAGES: dict[str, type[Average]] = table_of(Average, globals())
+
+__all__ = ["AVERAGES", "Average", "Averaged", "AveragingProblem", "Coefficients"]
+__all__ += [average.__name__ for average in AVERAGES.values()]  # pyright: ignore[reportUnsupportedDunderAll]

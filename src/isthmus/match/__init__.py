@@ -3,10 +3,10 @@
 A method is one file with a frozen dataclass, and one line in `methods.py`, whose names are all taken over here.
 """
 
-from isthmus.match.aligning import METHODS as METHODS
-from isthmus.match.aligning import align as align
+from isthmus.match.aligning import METHODS, align
 from isthmus.match.auto import Auto as Auto
-from isthmus.match.base import Match as Match
-from isthmus.match.base import MatchingProblem as MatchingProblem
+from isthmus.match.base import Match, MatchingProblem
 from isthmus.match.methods import *  # noqa: F403 (one line a method)
-from isthmus.match.pairwise import PairwiseMethod as PairwiseMethod
+
+__all__ = ["METHODS", "Match", "MatchingProblem", "align"]
+__all__ += [method.__name__ for method in METHODS.values()]  # pyright: ignore[reportUnsupportedDunderAll]
