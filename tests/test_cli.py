@@ -55,7 +55,7 @@ def test_merge_writes_a_whole_run_folder(files, tmp_path, capsys):
     out = tmp_path / "run"
     code, printed, error = run(capsys, *merge(files, "--data", "digits", "-o", out))
     assert (code, error) == (0, "")
-    assert "merged model" in printed
+    assert "Merged" in printed
     names = {"model.safetensors", "alignment.safetensors", "recipe.yaml", "report.json", "report.html", "README.md"}
     assert {path.name for path in out.iterdir()} == names
     report = json.loads((out / "report.json").read_text())

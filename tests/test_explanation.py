@@ -334,7 +334,7 @@ def test_the_same_run_gives_the_same_bytes_and_only_three_files_change(bench, tm
 
 def test_no_units_draws_none(bench, tmp_path):
     run = bench.copied(tmp_path)
-    told = explain_run(run, ExplainOptions(**QUICK | {"units": 0}, claims=False))["explain"]
+    told = explain_run(run, ExplainOptions(**QUICK | {"units": 0}, claims=False)).explain
     assert all(space["gallery"] == [] for space in told["spaces"])
 
 

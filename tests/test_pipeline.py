@@ -10,6 +10,7 @@ from torch import nn
 from isthmus.data import load_data
 from isthmus.errors import CheckpointError, DataError, InputError
 from isthmus.models import load_model
+from isthmus.report.page import read_report
 from isthmus.runs.example import example_input
 from isthmus.runs.recipe import AlignOptions, DataOptions, ParentOptions, Recipe, read_recipe
 from isthmus.runs.run_align import run_align
@@ -38,18 +39,44 @@ def test_three_models_become_one(tmp_path):
         models=parents(tmp_path, 3), architecture=ARCHITECTURE, data=DataOptions(name="digits", samples=200)
     )
     report = run_merge(recipe, tmp_path / "run")
-    assert len(report["scores"]["parents"]) == 3
-    assert [pair["models"] for pair in report["curves"]] == [[0, 1], [0, 2], [1, 2]]
-    assert report["curves"][2]["aligned"]["lambdas"] == (0.0, 0.5, 1.0)
-    assert "mean loss barrier between two" in report["verdict"]
-    assert [len(space["moved"]) for space in report["symmetry"]["spaces"]] == [3, 3, 3]
-    assert "3 models" in report["verdict"]
+    assert len(report.scores.parents) == 3
+    assert [pair["models"] for pair in report.curves] == [[0, 1], [0, 2], [1, 2]]
+    assert report.curves[2]["aligned"]["lambdas"] == (0.0, 0.5, 1.0)
+    assert "mean loss barrier between two" in report.verdict
+    assert [len(space["moved"]) for space in report.symmetry["spaces"]] == [3, 3, 3]
+    assert "3 models" in report.verdict
+
+
+MERGE_KEYS = [
+    "isthmus", "created", "command", "seed", "versions", "model", "models", "data", "assumed", "method", "average",
+    "repair", "gained_biases", "proof", "symmetry", "scores", "curves", "simplex", "seconds", "verdict",
+]  # fmt: skip
+ALIGN_KEYS = [key for key in MERGE_KEYS if key not in ("average", "repair", "gained_biases", "curves", "simplex")]
+ALIGN_KEYS[ALIGN_KEYS.index("scores")] = "aligned"
+
+
+def test_the_report_on_disk_has_the_same_keys_ever_and_is_read_back_whole(tmp_path):
+    members = parents(tmp_path)
+    data = DataOptions(name="digits", samples=200)
+    run_merge(Recipe(models=members, architecture=ARCHITECTURE, data=data), tmp_path / "merged")
+    run_align(Recipe(models=members, architecture=ARCHITECTURE), tmp_path / "aligned")
+    for name, keys in (("merged", MERGE_KEYS), ("aligned", ALIGN_KEYS)):
+        path = tmp_path / name / "report.json"
+        content = json.loads(path.read_text())
+        assert list(content) == keys
+        assert read_report(path).to_json() == content
+        path.write_text(json.dumps({**content, "of a later version": [1]}))
+        assert read_report(path).to_json() == {**content, "of a later version": [1]}
+    merged = json.loads((tmp_path / "merged" / "report.json").read_text())
+    assert list(merged["scores"]) == ["parents", "ensemble", "naive", "naive_mended", "aligned", "merged"]
+    assert list(merged["scores"]["parents"][0]) == ["loss", "accuracy", "count"]
+    assert list(merged["proof"]) == ["max_error", "tolerance", "trials", "weakest_control", "no_ops", "dtype"]
 
 
 def test_files_of_one_name_are_numbered(tmp_path):
     recipe = Recipe(models=parents(tmp_path), architecture=ARCHITECTURE)
     report = run_align(recipe, tmp_path / "run")
-    assert report["aligned"] == ["0-model.safetensors", "1-model.safetensors"]
+    assert report.aligned == ["0-model.safetensors", "1-model.safetensors"]
 
 
 def test_a_folder_is_a_checkpoint_and_its_config_is_kept(tmp_path):
@@ -77,13 +104,13 @@ def test_the_report_is_plain_json(tmp_path):
     report = run_merge(recipe, tmp_path / "run")
     text = (tmp_path / "run" / "report.json").read_text()
     assert "NaN" not in text
-    assert json.loads(text)["verdict"] == report["verdict"]
-    assert read_recipe(tmp_path / "run" / "recipe.yaml").models[0].sha256 == report["models"][0]["sha256"]
+    assert json.loads(text)["verdict"] == report.verdict
+    assert read_recipe(tmp_path / "run" / "recipe.yaml").models[0].sha256 == report.provenance.models[0].sha256
 
 
 def test_no_proof_is_said_so(tmp_path):
     recipe = Recipe(models=parents(tmp_path), architecture=ARCHITECTURE, verify=False)
-    assert run_merge(recipe, tmp_path / "run")["proof"] is None
+    assert run_merge(recipe, tmp_path / "run").proof is None
     assert "--no-verify" in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -158,8 +185,8 @@ def test_weights_by_layer_in_a_recipe(tmp_path):
     recipe = Recipe(models=members, architecture=ARCHITECTURE, verify=False)
     assert recipe.coefficients == {"": [3.0, 1.0], head: [1.0, 0.0]}
     report = run_merge(recipe, tmp_path / "run")
-    assert report["average"]["coefficients"] == [0.75, 0.25]
-    assert report["average"]["coefficients_by_path"] == {head: [1.0, 0.0]}
+    assert report.average.coefficients == [0.75, 0.25]
+    assert report.average.coefficients_by_path == {head: [1.0, 0.0]}
     assert "in <code>head</code> 1" in (tmp_path / "run" / "report.html").read_text()
     merged, first = load_file(tmp_path / "run" / "model.safetensors"), load_file(members[0].model)
     assert torch.equal(merged["head.bias"], first["head.bias"])

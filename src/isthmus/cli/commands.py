@@ -140,15 +140,15 @@ def _merge_command(
     report = run_merge(recipe, out, force=force, command=command_line())
     if as_json:
         return print_json(report)
-    print_proof(report["proof"])
-    print_method(report["method"])
+    print_proof(report.proof)
+    print_method(report.method)
     print_scores(report)
-    console.print(escape(report["verdict"]), style="bold")
-    if report["repair"] is None and repair != "none" and data is None:
+    console.print(escape(report.verdict), style="bold")
+    if report.repair is None and repair != "none" and data is None:
         console.print("no --data: BatchNorm statistics, if any, are averaged and not repaired", style="yellow")
-    if report.get("left_out"):
+    if report.left_out:
         console.print(
-            f"the parents do not agree on {escape(', '.join(report['left_out']))}: not copied, choose one yourself",
+            f"the parents do not agree on {escape(', '.join(report.left_out))}: not copied, choose one yourself",
             style="yellow",
         )
     console.print(f"written to {escape(str(out))}: model.safetensors, report.html, recipe.yaml")
@@ -178,10 +178,10 @@ def _align_command(
     report = run_align(recipe, out, force=force, command=command_line())
     if as_json:
         return print_json(report)
-    print_proof(report["proof"])
-    print_method(report["method"])
-    console.print(escape(report["verdict"]), style="bold")
-    console.print(f"written to {escape(str(out))}: {escape(', '.join(report['aligned']))}, alignment.safetensors")
+    print_proof(report.proof)
+    print_method(report.method)
+    console.print(escape(report.verdict), style="bold")
+    console.print(f"written to {escape(str(out))}: {escape(', '.join(report.aligned or ()))}, alignment.safetensors")
     return None
 
 
@@ -339,7 +339,8 @@ def _explain_command(
     report = explain_run(folder, wishes)
     if as_json:
         return print_json(report)
-    print_explanation(report["explain"])
+    assert report.explain is not None
+    print_explanation(report.explain)
     console.print(f"written to {escape(str(folder))}: report.html, report.json, features.json")
     return None
 
@@ -395,7 +396,7 @@ def _demo_command(
     if as_json:
         return print_json(report)
     print_scores(report)
-    console.print(escape(report["verdict"]), style="bold")
+    console.print(escape(report.verdict), style="bold")
     console.print(f"open {escape(str(out / 'report.html'))} for the whole story")
     return None
 

@@ -10,62 +10,55 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from isthmus.report.schema import MethodFacts, ProofFacts, RunReport, score_rows
+
 console = Console(highlight=False)
 
 
-def print_json(report: Mapping[str, Any]) -> None:
+def print_json(report: RunReport | Mapping[str, Any]) -> None:
     """Prints a report as JSON."""
     from isthmus.runs.facts import plain_json
 
     sys.stdout.write(json.dumps(plain_json(report), ensure_ascii=False) + "\n")
 
 
-def print_proof(proof: Mapping[str, Any] | None) -> None:
+def print_proof(proof: ProofFacts | None) -> None:
     """Prints what was proved."""
     if proof is None:
         console.print("not proved (--no-verify)", style="yellow")
         return
-    silent = f"; no effect on the outputs: {', '.join(proof['no_ops'])}" if proof["no_ops"] else ""
+    silent = f"; no effect on the outputs: {', '.join(proof.no_ops)}" if proof.no_ops else ""
     console.print(
-        f"proved: random transforms of all spaces change the outputs by {proof['max_error']:.0e} at most "
-        f"(rounding: {proof['tolerance']:.0e}), leaving one tensor out by {proof['weakest_control']:.0e} up"
+        f"proved: random transforms of all spaces change the outputs by {proof.max_error:.0e} at most "
+        f"(rounding: {proof.tolerance:.0e}), leaving one tensor out by {proof.weakest_control:.0e} up"
         f"{escape(silent)}",
         style="green",
     )
 
 
-def print_method(method: Mapping[str, Any]) -> None:
+def print_method(method: MethodFacts) -> None:
     """Prints what the matching reached."""
     reached = ""
-    if method["objective"] is not None:
-        reached = f", objective {method['objective']:.6g}"
-        if method["upper_bound"]:
-            reached += f" ({100 * method['objective'] / method['upper_bound']:.0f} % of its upper bound)"
-    done = "" if method["converged"] else ", not converged"
-    console.print(f"aligned by {method['name'].replace('_', ' ')} in {method['seconds']:.1f} s{reached}{done}")
+    if method.objective is not None:
+        reached = f", objective {method.objective:.6g}"
+        if method.upper_bound:
+            reached += f" ({100 * method.objective / method.upper_bound:.0f} % of its upper bound)"
+    done = "" if method.converged else ", not converged"
+    console.print(f"aligned by {method.name.replace('_', ' ')} in {method.seconds:.1f} s{reached}{done}")
 
 
-def print_scores(report: Mapping[str, Any]) -> None:
+def print_scores(report: RunReport) -> None:
     """Prints the scores as a table."""
-    scores = report.get("scores")
-    if not scores:
+    rows, data = score_rows(report), report.provenance.data
+    if not rows or data is None:
         return
-    table = Table(title=f"{report['data']['name']}, {report['data']['score_split']} split", title_justify="left")
+    table = Table(title=f"{data.name}, {data.score_split} split", title_justify="left")
     table.add_column("model")
     table.add_column("accuracy", justify="right")
     table.add_column("loss", justify="right")
-    rows = [(f"parent {index}", score) for index, score in enumerate(scores["parents"])]
-    rows += [
-        ("ensemble", scores["ensemble"]),
-        ("naive average", scores["naive"]),
-        ("naive average, repaired", scores["naive_mended"]),
-        ("aligned average", scores["aligned"]),
-        ("merged model", scores["merged"]),
-    ]
-    for name, score in rows:
-        if score is not None:
-            accuracy = "–" if score["accuracy"] is None else f"{100 * score['accuracy']:.2f} %"
-            table.add_row(name, accuracy, f"{score['loss']:.4f}", style="bold" if name == "merged model" else None)
+    for row in rows:
+        style = "bold" if row.kind == "merged" else None
+        table.add_row(row.name, _spoken_share(row.score.accuracy), f"{row.score.loss:.4f}", style=style)
     console.print(table)
 
 

@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from isthmus.report import depth, figures, heatmap, spectra
 from isthmus.report.gallery import Picture, pictures_of_match, refused
+from isthmus.report.schema import RunReport
 
 Report = Mapping[str, Any]
 
@@ -19,15 +19,17 @@ IN_A_ROW = 300  # pixels of a chart, three of which stand in a row
 LARGE = 0.3  # the threshold that the table of layers names beside 0
 
 
-def _explained(report: Report) -> Report | None:
+def _explained(report: RunReport) -> Report | None:
     """What `isthmus explain` found, or None."""
-    return report.get("explain") or None
+    return report.explain or None
 
 
-def _letters(report: Report) -> list[str]:
+def _letters(report: RunReport) -> list[str]:
     """The models' letters, as explained, else in order."""
     found = (_explained(report) or {}).get("models") or []
-    return [str(name) for name in found] or [chr(ord("A") + index) for index in range(min(26, len(report["models"])))]
+    return [str(name) for name in found] or [
+        chr(ord("A") + index) for index in range(min(26, len(report.provenance.models)))
+    ]
 
 
 def _sample_noun(found: Report) -> str:
@@ -38,20 +40,20 @@ def _sample_noun(found: Report) -> str:
 # ---- verdicts
 
 
-def claims(report: Report) -> dict[str, Any] | None:
+def claims(report: RunReport) -> dict[str, Any] | None:
     """The claims and questions with their verdicts, and what was measured on."""
     found = _explained(report)
     if found is None:
         return None
     groups = [(title, _judged(found.get(key))) for title, key in (("Claims", "claims"), ("Questions", "questions"))]
-    files = [PurePosixPath(str(model.get("path") or "").replace("\\", "/")).name for model in report["models"]]
+    files = [model.file for model in report.provenance.models]
     return {
         "groups": [(title, items, _counted(items)) for title, items in groups if items],
         "models": [(name, files[index] if index < len(files) else "") for index, name in enumerate(_letters(report))],
         "data": found.get("data"),
         "noun": _sample_noun(found),
         "seconds": found.get("seconds"),
-        "no_claims": _no_claims(found, len(report["models"])),
+        "no_claims": _no_claims(found, len(report.provenance.models)),
         "options": [
             (f"{_sample_noun(found)}s" if name == "images" else str(name), value)
             for name, value in (found.get("options") or {}).items()
@@ -119,7 +121,7 @@ class LayerGroup(NamedTuple):
     columns: list[ExplainedColumn]
 
 
-def layers(report: Report) -> dict[str, Any] | None:
+def layers(report: RunReport) -> dict[str, Any] | None:
     """Charts over depth, and all figures of every space."""
     found = _explained(report)
     spaces = [space for space in (found or {}).get("spaces") or [] if space]
@@ -132,7 +134,7 @@ def layers(report: Report) -> dict[str, Any] | None:
         (
             "Variance",
             "Merged units over their parents’: at 1 nothing collapsed.",
-            depth.draw_variances(drawn, repaired=report.get("repair") is not None),
+            depth.draw_variances(drawn, repaired=report.repair is not None),
         ),
     ]
     return {
@@ -148,7 +150,7 @@ def layers(report: Report) -> dict[str, Any] | None:
     }
 
 
-def _matches_alone(report: Report, found: Report) -> dict[str, Any]:
+def _matches_alone(report: RunReport, found: Report) -> dict[str, Any]:
     """The match matrices of all spaces, unless the section on singular directions shows each with its layer."""
     alone = {} if _has_directions(found) else pictures_of_match(report)
     return {
@@ -229,7 +231,7 @@ def _filled(groups: Sequence[LayerGroup], rows: Sequence[Report]) -> list[LayerG
 # ---- singular directions
 
 
-def directions(report: Report) -> dict[str, Any] | None:
+def directions(report: RunReport) -> dict[str, Any] | None:
     """Spectra, agreement and alignment of every layer, and the match matrices of its space."""
     found = _explained(report)
     if found is None:
@@ -264,7 +266,7 @@ def directions(report: Report) -> dict[str, Any] | None:
         "barriers": [(str(name).replace("_", " "), value) for name, value in (found.get("barriers") or {}).items()],
         "images": (found.get("data") or {}).get("images"),
         "noun": _sample_noun(found),
-        "re_estimated": any((pair.get("aligned") or {}).get("repair") for pair in report.get("curves") or []),
+        "re_estimated": any((pair.get("aligned") or {}).get("repair") for pair in report.curves or []),
         "whole": whole,
         "overlaps": overlaps,
         "panels": panels,
@@ -345,14 +347,14 @@ Matches = Mapping[str, Sequence[Picture]]
 
 
 def _placed(
-    report: Report, rows: Sequence[Report], matches: Matches
+    report: RunReport, rows: Sequence[Report], matches: Matches
 ) -> tuple[dict[int, list[tuple[str, Sequence[Picture]]]], dict[int, tuple[str, int]]]:
     """Which layer shows the match matrices of a space: the first that writes it; the later ones name that layer.
 
     A layer writes a space if a site of the space is the layer's weight at dimension 0.
     """
     writes: dict[str, list[str]] = {}
-    for space in report["symmetry"].get("spaces") or []:
+    for space in report.symmetry.get("spaces") or []:
         for site in space.get("sites") or []:
             if 0 in (site.get("dims") or []):
                 writes.setdefault(str(site.get("parameter")), []).append(str(space.get("name")))
@@ -374,7 +376,7 @@ def _placed(
 # ---- similarity
 
 
-def alike(report: Report) -> dict[str, Any] | None:
+def alike(report: RunReport) -> dict[str, Any] | None:
     """Heat maps of the similarity of every layer of one model to every layer of another."""
     found = [each for each in (_explained(report) or {}).get("cka") or [] if each]
     if not found:

@@ -10,6 +10,7 @@ from typing import Any
 
 from isthmus.errors import CheckpointError
 from isthmus.report import chart, depth, figures
+from isthmus.report.schema import RunReport
 
 Report = Mapping[str, Any]
 
@@ -93,15 +94,15 @@ def refused(pictures: Iterable[Picture]) -> int:
     return sum(picture.given and picture.uri is None for picture in pictures)
 
 
-def _spaces(report: Report) -> dict[str, Report]:
+def _spaces(report: RunReport) -> dict[str, Report]:
     """The pictures by space, with names cleaned as those of the report are."""
-    found = (report.get("features") or {}).get("spaces") or {}
+    found = (report.features or {}).get("spaces") or {}
     return {figures.clean(name): each or {} for name, each in found.items()}
 
 
-def pictures_of_match(report: Report) -> dict[str, tuple[Picture, Picture]]:
+def pictures_of_match(report: RunReport) -> dict[str, tuple[Picture, Picture]]:
     """For each space with match matrices, those before and after matching; what does not fit is empty."""
-    if not report.get("explain"):
+    if not report.explain:
         return {}
     pairs = {}
     for name, each in _spaces(report).items():
@@ -116,17 +117,15 @@ def pictures_of_match(report: Report) -> dict[str, tuple[Picture, Picture]]:
     return dict(zip(pairs, zip(kept[::2], kept[1::2], strict=True), strict=True))
 
 
-def units(report: Report) -> dict[str, Any] | None:
+def units(report: RunReport) -> dict[str, Any] | None:
     """The gallery: chosen units of every space, with their pictures and scores."""
-    found = report.get("explain") or {}
+    found = report.explain or {}
     models = [str(name) for name in found.get("models") or []]
     spaces = [space for space in found.get("spaces") or [] if space and space.get("gallery")]
     if not spaces:
         return None
     pictures = _spaces(report)
-    mixed = {
-        space.get("name") for space in report["symmetry"].get("spaces") or [] if None in (space.get("moved") or [])
-    }
+    mixed = {space.get("name") for space in report.symmetry.get("spaces") or [] if None in (space.get("moved") or [])}
     cards = [
         (
             str(space.get("name")),
@@ -152,8 +151,8 @@ def units(report: Report) -> dict[str, Any] | None:
         "spaces": cards,
         "scores": [(index, names[index]) for index in known],
         "labels": depth.label_names([{"labels": dict.fromkeys(labels, 1)}], models),
-        "method": figures.clean((report.get("features") or {}).get("method")),
-        "seconds": (report.get("features") or {}).get("seconds"),
+        "method": figures.clean((report.features or {}).get("method")),
+        "seconds": (report.features or {}).get("seconds"),
         "has_pictures": any(picture.uri for picture in kept),
         "refused": refused(kept),
         # The deepest space says most: pictures of the first are mostly one colour or one edge.

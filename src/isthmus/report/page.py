@@ -3,10 +3,10 @@
 import base64
 import hashlib
 import json
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
@@ -16,9 +16,11 @@ from isthmus.errors import CheckpointError
 from isthmus.report import figures
 from isthmus.report.colours import DARK, LIGHT, css_variables
 from isthmus.report.gallery import read_features
-from isthmus.report.sections import SECTIONS, Report, opening
+from isthmus.report.schema import NEEDED, RunReport
+from isthmus.report.sections import SECTIONS, opening
 
-NEEDED = ("isthmus", "models", "method", "symmetry", "verdict")
+# What reading a value of another kind raises.
+BUILT_OTHERWISE = (AttributeError, IndexError, KeyError, TypeError, ValueError, UndefinedError)
 
 
 def write_report(folder: Path) -> Path:
@@ -33,38 +35,45 @@ def write_report(folder: Path) -> Path:
     path = Path(folder) / "report.html"
     source = path.with_suffix(".json")
     report = read_report(source)
-    report["features"] = read_features(source.with_name("features.json")) if report.get("explain") else None
+    if report.explain:
+        report = replace(report, features=read_features(source.with_name("features.json")))
     try:
         page = _render(report)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, UndefinedError) as error:
-        cause = figures.clean(f"{type(error).__name__}: {error}")
-        raise CheckpointError(
-            f"{str(source)!r} is not built like a report of this version ({cause}); run the merge again"
-        ) from error
+    except BUILT_OTHERWISE as error:
+        raise _built_otherwise(source, error) from error
     write_text(path, page)
     return path
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def _built_otherwise(path: Path, error: Exception) -> CheckpointError:
+    """What is raised where a report is not built as this version reads it."""
+    cause = figures.clean(f"{type(error).__name__}: {error}")
+    return CheckpointError(f"{str(path)!r} is not built like a report of this version ({cause}); run the merge again")
+
+
+def read_report(path: Path) -> RunReport:
     """A `report.json`, with names made harmless to show.
 
     Raises:
         CheckpointError: It is missing, damaged or no report.
     """
     try:
-        report = figures.clean(json.loads(path.read_bytes()))
+        content = figures.clean(json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         cause = figures.clean(f"{type(error).__name__}: {error}")
         raise CheckpointError(f"cannot read {str(path)!r} ({cause}); name the folder of a finished run") from error
-    missing = [name for name in NEEDED if not isinstance(report, dict) or report.get(name) is None]
+    missing = [name for name in NEEDED if not isinstance(content, dict) or content.get(name) is None]
     if missing:
         raise CheckpointError(
             f"{str(path)!r} is no report of a run: it lacks {', '.join(missing)}; run the merge again"
         )
-    return report
+    try:
+        return RunReport.from_json(content)
+    except BUILT_OTHERWISE as error:
+        raise _built_otherwise(path, error) from error
 
 
-def _render(report: Report) -> str:
+def _render(report: RunReport) -> str:
     """The page of a report."""
     environment = _environment()
     sections = []
@@ -74,7 +83,7 @@ def _render(report: Report) -> str:
             template = environment.get_template(f"{section.name}.html.jinja")
             sections.append((section.name, section.title, Markup(template.render(facts))))
     # What only explained runs need is left out of all other pages.
-    parts = ("page", "explained") if report.get("explain") else ("page",)
+    parts = ("page", "explained") if report.explain else ("page",)
     script, style = ("".join(_source(f"{part}.{kind}") for part in parts) for kind in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
     return environment.get_template("report.html.jinja").render(

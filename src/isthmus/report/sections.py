@@ -7,13 +7,12 @@ section out), and add one line to `SECTIONS`.
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from isthmus.merging.repair import REPAIRS
 from isthmus.report import curves, explained, figures, gallery, triangle
+from isthmus.report.schema import AverageFacts, RunReport, RunScores, score_rows
 
 Report = Mapping[str, Any]
 
@@ -32,21 +31,21 @@ GROUPS = {
 }
 
 
-def opening(report: Report) -> dict[str, Any]:
+def opening(report: RunReport) -> dict[str, Any]:
     """The head of the page: what was merged, the verdict, and the four figures behind it."""
-    models, method = len(report["models"]), report["method"]["name"]
-    network = f"× {report['model']}" if report.get("model") else "networks"
+    models, method = len(report.provenance.models), report.method.name
+    network = f"× {report.provenance.model}" if report.provenance.model else "networks"
     tiles = [_merged_tile(report), _naive_tile(report), _barrier_tile(report), _proof_tile(report)]
     return {
         "title": f"{models} {network}, {method}",
         "heading": f"{models} {network}",
         "deed": "aligned" if _only_aligned(report) else "merged",
         "method": method,
-        "created": report.get("created"),
-        "version": report["isthmus"],
-        "verdict": report["verdict"].replace(" %", f"{figures.NARROW}%"),
+        "created": report.provenance.created,
+        "version": report.provenance.isthmus,
+        "verdict": report.verdict.replace(" %", f"{figures.NARROW}%"),
         "tiles": [tile for tile in tiles if tile],
-        "unproved": report.get("proof") is None,
+        "unproved": report.proof is None,
     }
 
 
@@ -59,35 +58,36 @@ class Tile(NamedTuple):
     alarming: bool = False
 
 
-def _merged_tile(report: Report) -> Tile | None:
-    found = report.get("scores") or {}
-    merged = found.get("merged")
-    if merged is None:
+def _merged_tile(report: RunReport) -> Tile | None:
+    found = report.scores
+    if found is None or found.merged is None:
         return None
-    parents = [parent for parent in found.get("parents") or [] if parent]
     quantity, say = _headline(found)
-    known = sorted(value for parent in parents if (value := figures.finite_number(parent.get(quantity))) is not None)
+    known = sorted(
+        value for parent in found.parents if (value := figures.finite_number(getattr(parent, quantity))) is not None
+    )
     texts = [say(value) for value in (known[:1] + known[-1:])]
     note = Markup("parents {}").format(Markup(" to ").join(dict.fromkeys(texts))) if texts else ""
-    return Tile(f"Merged {quantity}", say(merged.get(quantity)), note)
+    return Tile(f"Merged {quantity}", say(getattr(found.merged, quantity)), note)
 
 
-def _naive_tile(report: Report) -> Tile | None:
-    found = report.get("scores") or {}
+def _naive_tile(report: RunReport) -> Tile | None:
+    found = report.scores
+    if found is None:
+        return None
     quantity, say = _headline(found)
-    mended = bool(report.get("repair")) and found.get("naive_mended") is not None
-    score = found.get("naive_mended" if mended else "naive")
+    score = found.naive_mended if report.has_repaired else found.naive
     if score is None:
         return None
     return Tile(
         "Without alignment",
-        say(score.get(quantity)),
-        "averaged as they are, same repair" if mended else "averaged as they are",
+        say(getattr(score, quantity)),
+        "averaged as they are, same repair" if report.has_repaired else "averaged as they are",
     )
 
 
-def _barrier_tile(report: Report) -> Tile | None:
-    pairs = report.get("curves") or []
+def _barrier_tile(report: RunReport) -> Tile | None:
+    pairs = report.curves or []
     aligned = [value for pair in pairs if (value := _figure(pair, "aligned", "barrier")) is not None]
     naive = [value for pair in pairs if (value := _figure(pair, "naive", "barrier")) is not None]
     if not aligned:
@@ -97,21 +97,21 @@ def _barrier_tile(report: Report) -> Tile | None:
     return Tile(name, figures.decimal(max(aligned), 2), note)
 
 
-def _proof_tile(report: Report) -> Tile:
+def _proof_tile(report: RunReport) -> Tile:
     units = _free_units(report)
     noun = "free unit" if units == 1 else "free units"
-    if report.get("proof") is None:
+    if report.proof is None:
         return Tile("Symmetry", "not proved", f"{figures.whole(units)} {noun} taken on trust", alarming=True)
-    error = figures.power(report["proof"].get("max_error"))
+    error = figures.power(report.proof.max_error)
     return Tile("Symmetry", "proved", Markup("{} {}, error {}").format(figures.whole(units), noun, error))
 
 
-def _headline(found: Report) -> tuple[str, Callable[[Any], str]]:
+def _headline(found: RunScores) -> tuple[str, Callable[[Any], str]]:
     """Accuracy where the merged network has one, else loss; and how it is written."""
-    merged = found.get("merged") or {}
-    if figures.finite_number(merged.get("accuracy")) is None:
+    merged = found.merged
+    if merged is None or figures.finite_number(merged.accuracy) is None:
         return "loss", figures.decimal
-    digits = _digits(merged.get("count"))
+    digits = _digits(merged.count)
     return "accuracy", lambda value: figures.percent(value, digits)
 
 
@@ -120,54 +120,23 @@ def _digits(count: Any) -> int:
     return 2 if (figures.finite_number(count) or 0) >= 2000 else 1
 
 
-def _spoken_repair(report: Report) -> str | None:
-    """What was done to the merged network's statistics, in words; None if nothing, or nothing that is known here."""
-    kind = REPAIRS.get(report.get("repair") or "")
-    return None if kind is None else kind.text
-
-
-def _scores(report: Report) -> dict[str, Any] | None:
+def _scores(report: RunReport) -> dict[str, Any] | None:
     """Loss and accuracy of parents, references and the merged network."""
     if _only_aligned(report):
         return None
-    found = report.get("scores") or {}
-    mended = _spoken_repair(report) or report.get("repair") or ""
-    if found.get("naive_mended") is None:
-        mended = ""  # there was nothing to repair
-    parents = found.get("parents") or []
-    models = [_basename(model) for model in report["models"]]
-    average = (report.get("average") or {}).get("name")
-    averaged = "averaged" if average in (None, "mean") else f"combined by {average}"
-    rows = [
-        (f"Parent {index}", models[index] if index < len(models) else "", score, "parent")
-        for index, score in enumerate(parents)
-    ]
-    merged_note = f"aligned, {averaged}" + (", repaired: " if mended else ": ") + "what this run wrote"
-    rows += [
-        (
-            "Ensemble",
-            f"mean of the parents’ outputs, at the cost of {len(models)} networks",
-            found.get("ensemble"),
-            "reference",
-        ),
-        ("Naive", "averaged as they are", found.get("naive"), "naive"),
-        ("Naive, repaired", "averaged as they are, then repaired", found.get("naive_mended"), "naive"),
-        ("Aligned", f"aligned, {averaged}", found.get("aligned") if mended else None, "aligned"),
-        ("Merged", merged_note, found.get("merged"), "merged"),
-    ]
-    rows = [row for row in rows if row[2] is not None]
+    rows = score_rows(report)
     return {
         "rows": rows,
-        "mended": mended,
-        "has_accuracy": any(figures.finite_number(row[2].get("accuracy")) is not None for row in rows),
-        "digits": _digits(rows[0][2].get("count")) if rows else 1,
-        "data": report.get("data"),
+        "mended": (report.spoken_repair or report.repair) if report.has_repaired else "",
+        "has_accuracy": any(figures.finite_number(row.score.accuracy) is not None for row in rows),
+        "digits": _digits(rows[0].score.count) if rows else 1,
+        "data": report.provenance.data,
     }
 
 
-def _path(report: Report) -> dict[str, Any] | None:
+def _path(report: RunReport) -> dict[str, Any] | None:
     """Loss and accuracy along the lines between the parents, drawn and as barriers."""
-    pairs = report.get("curves") or []
+    pairs = report.curves or []
     if _only_aligned(report) and not pairs:
         return None
     drawn = []
@@ -197,9 +166,9 @@ def _path(report: Report) -> dict[str, Any] | None:
         "has_error": any(row[2][2] is not None for _, rows in barriers for row in rows),
         "has_raw": any((pair.get(kind) or {}).get("repair") for pair in pairs for kind in curves.KINDS),
         "leaves": any(curves.leaves_picture(pair) is not None for pair in pairs[:MOST_PICTURES]),
-        "has_data": report.get("data") is not None,
-        "models": len(report["models"]),
-        "data": report.get("data"),
+        "has_data": report.provenance.data is not None,
+        "models": len(report.provenance.models),
+        "data": report.provenance.data,
     }
 
 
@@ -215,13 +184,13 @@ def _measured(pair: Report) -> list[tuple[float, list[tuple[float | None, float 
     return sorted(table.items())
 
 
-def _symmetry(report: Report) -> dict[str, Any]:
+def _symmetry(report: RunReport) -> dict[str, Any]:
     """What was proved, and every space."""
-    found = report["symmetry"]
+    found = report.symmetry
     spaces = found.get("spaces") or []
-    models = len(report["models"])
+    models = len(report.provenance.models)
     return {
-        "proof": report.get("proof"),
+        "proof": report.proof,
         "free_units": _free_units(report),
         "moved_units": _moved_units(spaces),
         "touched_share": figures.finite_number(found.get("moved_share")),
@@ -272,10 +241,10 @@ def _moved_columns(spaces: Sequence[Report], models: int) -> list[Column]:
     return [Column(f"Moved, mean of {len(moving)} models", mean, lambda space: mixed(space, moving))]
 
 
-def _frozen(report: Report) -> dict[str, Any] | None:
+def _frozen(report: RunReport) -> dict[str, Any] | None:
     """What cannot move, by reason; what was lost to a missing rule comes first."""
-    axes = report["symmetry"].get("frozen") or []
-    untouched = report["symmetry"].get("untouched") or []
+    axes = report.symmetry.get("frozen") or []
+    untouched = report.symmetry.get("untouched") or []
     if not axes and not untouched:
         return None
     reasons: dict[tuple[bool, str], list[Report]] = {}
@@ -308,33 +277,35 @@ def _frozen(report: Report) -> dict[str, Any] | None:
     }
 
 
-def _matching(report: Report) -> dict[str, Any]:
+def _matching(report: RunReport) -> dict[str, Any]:
     """How the models were matched and averaged."""
-    method, average = report["method"], report.get("average")
-    objective, bound = figures.finite_number(method.get("objective")), figures.finite_number(method.get("upper_bound"))
+    method, average = report.method, report.average or AverageFacts()
+    objective, bound = figures.finite_number(method.objective), figures.finite_number(method.upper_bound)
     return {
         "method": method,
-        "options": _options(method.get("options")),
-        "details": _options(method.get("details")),
+        "options": _options(method.options),
+        "details": _options(method.details),
         "ratio": objective / bound if objective is not None and bound else None,
-        "average": average,
-        "average_options": _options((average or {}).get("options")),
-        "coefficients": (average or {}).get("coefficients") or [],
-        "coefficients_by_path": (average or {}).get("coefficients_by_path") or {},
-        "repair": report.get("repair"),
-        "mended": _spoken_repair(report),
-        "gained_biases": report.get("gained_biases") or [],
+        "average": report.average,
+        "average_options": _options(average.options),
+        "coefficients": average.coefficients or [],
+        "coefficients_by_path": average.coefficients_by_path or {},
+        "repair": report.repair,
+        "mended": report.spoken_repair,
+        "gained_biases": report.gained_biases or [],
     }
 
 
-def _provenance(report: Report) -> dict[str, Any]:
+def _provenance(report: RunReport) -> dict[str, Any]:
     """What is needed to run it again."""
+    told = report.provenance
     return {
-        "report": report,
-        "models": report["models"],
-        "aligned": report.get("aligned") or [],
-        "data": report.get("data"),
-        "versions": [("isthmus", report["isthmus"]), *(report.get("versions") or {}).items()],
+        "run": told,
+        "seconds": report.seconds,
+        "models": told.models,
+        "aligned": report.aligned or [],
+        "data": told.data,
+        "versions": [("isthmus", told.isthmus), *(told.versions or {}).items()],
     }
 
 
@@ -346,9 +317,9 @@ def _figure(pair: Report, kind: str, name: str) -> float | None:
     return figures.finite_number((pair.get(kind) or {}).get(name))
 
 
-def _only_aligned(report: Report) -> bool:
+def _only_aligned(report: RunReport) -> bool:
     """Whether the run wrote its models moved into one frame, and merged nothing."""
-    return report.get("aligned") is not None
+    return report.aligned is not None
 
 
 def _moved_units(spaces: Sequence[Report]) -> float | None:
@@ -363,10 +334,10 @@ def _moved_units(spaces: Sequence[Report]) -> float | None:
     return total / sum(sizes) / len(moving)
 
 
-def _free_units(report: Report) -> int:
+def _free_units(report: RunReport) -> int:
     """Units that can move, as recorded or else counted over the spaces."""
-    known = figures.finite_number(report["symmetry"].get("free_units"))
-    spaces = report["symmetry"].get("spaces") or []
+    known = figures.finite_number(report.symmetry.get("free_units"))
+    spaces = report.symmetry.get("spaces") or []
     return (
         round(known) if known is not None else sum(int(space["size"]) * int(space["copies"] or 1) for space in spaces)
     )
@@ -375,10 +346,6 @@ def _free_units(report: Report) -> int:
 def _pair_name(pair: Report) -> str:
     first, second = pair.get("models") or (0, 1)
     return f"Models {first} and {second}"
-
-
-def _basename(model: Report) -> str:
-    return PurePosixPath(str(model.get("path") or "").replace("\\", "/")).name
 
 
 def _options(options: Any) -> list[tuple[str, str]]:
@@ -409,7 +376,7 @@ class Section(NamedTuple):
 
     name: str
     title: str
-    facts: Callable[[Report], dict[str, Any] | None]
+    facts: Callable[[RunReport], dict[str, Any] | None]
 
 
 SECTIONS = (

@@ -11,6 +11,7 @@ from isthmus.report import chart
 from isthmus.report.colours import LIGHT, css_name
 from isthmus.report.curves import LABELS
 from isthmus.report.figures import finite_number, percent, signed
+from isthmus.report.schema import RunReport
 
 KINDS = ("aligned", "naive")
 NAMES = ("A", "B", "C")
@@ -49,9 +50,9 @@ class TrianglePlaces(NamedTuple):
     accuracies: list[float | None]
 
 
-def triangle(report: Mapping[str, Any]) -> dict[str, Any] | None:
+def triangle(report: RunReport) -> dict[str, Any] | None:
     """The section of the page: both triangles in one scale, their barriers, and every measured place."""
-    simplex = report.get("simplex") or {}
+    simplex = report.simplex or {}
     shown = {kind: simplex[kind] for kind in KINDS if simplex.get(kind) and _is_triangle(simplex[kind])}
     if not shown:
         return None
@@ -74,7 +75,7 @@ def triangle(report: Mapping[str, Any]) -> dict[str, Any] | None:
         ],
         "has_error": any(value is not None for each in places.values() for value in each.accuracies),
         "mended": any(shown[kind].get("repair") for kind in shown),
-        "data": report.get("data"),
+        "data": report.provenance.data,
     }
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from isthmus.report.schema import RunReport
 from isthmus.runs.recipe import AlignOptions, DataOptions, ParentOptions, Recipe
 from isthmus.runs.run_explain import explain_run
 from isthmus.runs.run_merge import run_merge
@@ -28,7 +28,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def run_demo(out: Path, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+def run_demo(out: Path, say: Callable[[str], None] | None = None) -> RunReport:
     """Trains two small networks on digits, merges them into a run folder, and returns its report.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a run found, as plain JSON values."""
+"""What a run found, as the parts of its report."""
 
 import datetime
 import math
@@ -13,6 +13,17 @@ import torch
 
 from isthmus.checkpoint.hashes import hash_file
 from isthmus.observe.score import Score
+from isthmus.report.schema import (
+    AverageFacts,
+    DataFacts,
+    JsonPart,
+    MethodFacts,
+    ParentFile,
+    ProofFacts,
+    Provenance,
+    RunReport,
+    ScoreFacts,
+)
 from isthmus.runs.inputs import Inputs
 from isthmus.runs.recipe import Recipe
 from isthmus.symmetry.alignment import Alignment
@@ -25,60 +36,60 @@ from isthmus.tracing.proof import Proof
 WALKED_SAMPLES = 2000
 
 
-def provenance(recipe: Recipe, inputs: Inputs, command: str) -> dict[str, Any]:
+def provenance(recipe: Recipe, inputs: Inputs, command: str) -> Provenance:
     """What was run, on what, with which versions."""
     data = None
     if recipe.data is not None and inputs.data is not None and inputs.calibration is not None:
-        data = {
-            "name": inputs.data.name,
-            "noun": inputs.data.sample_noun,
-            "score_split": "test",
-            "score_samples": len(inputs.data.y_test),
-            "walked_samples": min(WALKED_SAMPLES, len(inputs.data.y_test)),
-            "calibration_split": "train",
-            "calibration_samples": min(recipe.data.samples, len(inputs.data.y_train)),
-        }
-    return {
-        "isthmus": version("isthmus"),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "seed": recipe.seed,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "model": recipe.architecture,
-        "models": [
-            {"path": str(Path(member.model).resolve()), "sha256": hash_file(member.model)} for member in recipe.models
-        ],
-        "data": data,
-        "assumed": inputs.assumed,
-    }
+        data = DataFacts(
+            name=inputs.data.name,
+            noun=inputs.data.sample_noun,
+            score_split="test",
+            score_samples=len(inputs.data.y_test),
+            walked_samples=min(WALKED_SAMPLES, len(inputs.data.y_test)),
+            calibration_split="train",
+            calibration_samples=min(recipe.data.samples, len(inputs.data.y_train)),
+        )
+    return Provenance(
+        isthmus=version("isthmus"),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        seed=recipe.seed,
+        versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        model=recipe.architecture,
+        models=tuple(
+            ParentFile(str(Path(member.model).resolve()), hash_file(member.model)) for member in recipe.models
+        ),
+        data=data,
+        assumed=inputs.assumed,
+    )
 
 
-def describe_alignment(recipe: Recipe, alignment: Alignment) -> dict[str, Any]:
-    """The matching's facts as plain JSON values."""
-    return {
-        "name": recipe.align.method,
-        "options": recipe.align.options,
-        "objective": alignment.objective,
-        "upper_bound": alignment.upper_bound,
-        "converged": alignment.converged,
-        "seconds": alignment.seconds,
-        "details": dict(alignment.details),
-        "folded": alignment.folded,
-    }
+def describe_alignment(recipe: Recipe, alignment: Alignment) -> MethodFacts:
+    """The matching's facts."""
+    return MethodFacts(
+        name=recipe.align.method,
+        options=recipe.align.options,
+        objective=alignment.objective,
+        upper_bound=alignment.upper_bound,
+        converged=alignment.converged,
+        seconds=alignment.seconds,
+        details=dict(alignment.details),
+        folded=alignment.folded,
+    )
 
 
-def describe_proof(proof: Proof | None) -> dict[str, Any] | None:
-    """The proof as plain JSON values."""
+def describe_proof(proof: Proof | None) -> ProofFacts | None:
+    """The proof's facts; None where there is none."""
     if proof is None:
         return None
-    return {
-        "max_error": proof.max_error,
-        "tolerance": proof.tolerance,
-        "trials": proof.trials,
-        "weakest_control": proof.weakest_control,
-        "no_ops": list(proof.no_ops),
-        "dtype": proof.dtype,
-    }
+    return ProofFacts(
+        max_error=proof.max_error,
+        tolerance=proof.tolerance,
+        trials=proof.trials,
+        weakest_control=proof.weakest_control,
+        no_ops=list(proof.no_ops),
+        dtype=proof.dtype,
+    )
 
 
 def describe_symmetry(symmetry: Symmetry, alignment: Alignment | None = None) -> dict[str, Any]:
@@ -122,13 +133,15 @@ def _moved_shares(alignment: Alignment, name: str) -> list[float | None]:
     return shares
 
 
-def describe_score(score: Score) -> dict[str, Any]:
-    """A score as plain JSON values."""
-    return {"loss": score.loss, "accuracy": score.accuracy, "count": score.count}
+def describe_score(score: Score) -> ScoreFacts:
+    """A score's figures."""
+    return ScoreFacts(score.loss, score.accuracy, score.count)
 
 
 def plain_json(value: Any) -> Any:
-    """The value as plain JSON: tuples become lists, and numbers that are not finite become null."""
+    """The value as plain JSON: parts of reports become objects, tuples lists, and numbers that are not finite null."""
+    if isinstance(value, JsonPart | RunReport):
+        return plain_json(value.to_json())
     if isinstance(value, Mapping):
         return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -138,8 +151,8 @@ def plain_json(value: Any) -> Any:
     return value
 
 
-def describe_coefficients(recipe: Recipe, models: int) -> dict[str, Any]:
-    """One weight a model, as scaled for averaging, and by module path where some differ."""
+def describe_average(recipe: Recipe, models: int) -> AverageFacts:
+    """The average, with one weight a model as scaled for averaging, and by module path where some differ."""
     weights = recipe.coefficients or {"": [1.0] * models}
     shares = {path: [value / sum(each) for value in each] for path, each in weights.items()}
-    return {"coefficients": shares.pop(""), "coefficients_by_path": shares}
+    return AverageFacts(recipe.merge_method, recipe.parameters, shares.pop(""), shares)

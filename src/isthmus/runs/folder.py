@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from isthmus.errors import ModelError
 from isthmus.models import absolute_spec, parse_spec
 from isthmus.models.hugging_face import CONFIG, save_weights
 from isthmus.report.page import write_report
+from isthmus.report.schema import RunReport
 from isthmus.runs.facts import plain_json
 from isthmus.runs.recipe import Recipe
 
@@ -77,11 +78,11 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     return {key: _with_dtype(value, dtype) for key, value in config.items()} | named
 
 
-def write_run(folder: Path, recipe: Recipe, report: Mapping[str, Any]) -> None:
+def write_run(folder: Path, recipe: Recipe, report: RunReport) -> None:
     """Writes the recipe with all hashes, the report and its page."""
     members = [
-        member.model_copy(update={"model": str(Path(member.model).resolve()), "sha256": entry["sha256"]})
-        for member, entry in zip(recipe.models, report["models"], strict=True)
+        member.model_copy(update={"model": str(Path(member.model).resolve()), "sha256": entry.sha256})
+        for member, entry in zip(recipe.models, report.provenance.models, strict=True)
     ]
     complete = recipe.model_copy(update={"models": members, "architecture": absolute_spec(recipe.architecture)})
     if recipe.data is not None and Path(recipe.data.name).suffix == ".npz":

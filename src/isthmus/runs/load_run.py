@@ -1,10 +1,9 @@
 """A finished run, loaded again with everything that it was made of."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from isthmus.merging.outcome import outcome_of
 from isthmus.merging.repair import repair_as_asked
 from isthmus.registry import configure
 from isthmus.report.page import read_report
+from isthmus.report.schema import RunReport
 from isthmus.runs.inputs import Inputs, load_inputs
 from isthmus.runs.recipe import Recipe, read_recipe
 from isthmus.symmetry.alignment import Alignment
@@ -52,7 +52,7 @@ class FinishedRun:
     naive: nn.Module
     bare: Mapping[str, nn.Module | None]
     parents: list[nn.Module]
-    report: dict[str, Any]
+    report: RunReport
 
 
 def load_run(folder: Path) -> FinishedRun:
@@ -75,7 +75,7 @@ def load_run(folder: Path) -> FinishedRun:
     example = inputs.example.mapped(lambda x: x.float() if x.is_floating_point() else x)
     symmetry = trace(inputs.models[0], *example.args, kwargs=example.kwargs)
     alignment = Alignment.load(folder / "alignment.safetensors", symmetry)
-    if gained := report.get("gained_biases"):
+    if gained := report.gained_biases:
         # With zeros in the same places the models compute what they did, in the graph of the network that came out.
         inputs.models = [_with_biases(model, gained) for model in inputs.models]
         symmetry = trace(inputs.models[0], *example.args, kwargs=example.kwargs)
@@ -103,7 +103,7 @@ def load_run(folder: Path) -> FinishedRun:
     )
 
 
-def _with_biases(model: nn.Module, names: list[str]) -> nn.Module:
+def _with_biases(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """A copy of the model with biases of zeros where a repair has put some.
 
     Raises:

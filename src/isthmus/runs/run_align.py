@@ -3,11 +3,11 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from isthmus.checkpoint.folders import new_folder
 from isthmus.checkpoint.writing import save_state
 from isthmus.models.hugging_face import is_hugging_face
+from isthmus.report.schema import RunReport
 from isthmus.runs.card import spoken
 from isthmus.runs.facts import describe_alignment, describe_proof, describe_symmetry, provenance
 from isthmus.runs.folder import save_hugging_face, write_run
@@ -18,7 +18,7 @@ from isthmus.symmetry.alignment import apply
 from isthmus.symmetry.groups import keeps_function
 
 
-def run_align(recipe: Recipe, out: Path, *, force: bool = False, command: str = "") -> dict[str, Any]:
+def run_align(recipe: Recipe, out: Path, *, force: bool = False, command: str = "") -> RunReport:
     """Writes every model, moved into the common frame, and the alignment into a folder; returns the report.
 
     Raises:
@@ -40,18 +40,18 @@ def run_align(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
             else:
                 save_state(moved.state_dict(), folder / name, metadata={"format": "pt"})
         alignment.save(folder / "alignment.safetensors")
-        report = {
-            **provenance(recipe, inputs, command),
-            "method": describe_alignment(recipe, alignment),
-            "proof": describe_proof(proof),
-            "symmetry": describe_symmetry(symmetry, alignment),
-            "aligned": names,
-        }
-        report["seconds"] = time.perf_counter() - start
         kept = "each computes the function it had before."
         if not keeps_function(alignment):
             kept = "its linear maps do not commute with nonlinearities, so they do not compute what they did before."
-        report["verdict"] = f"{len(names)} models aligned by {spoken(recipe.align.method)}; {kept}"
+        report = RunReport(
+            provenance=provenance(recipe, inputs, command),
+            method=describe_alignment(recipe, alignment),
+            proof=describe_proof(proof),
+            symmetry=describe_symmetry(symmetry, alignment),
+            aligned=names,
+            seconds=time.perf_counter() - start,
+            verdict=f"{len(names)} models aligned by {spoken(recipe.align.method)}; {kept}",
+        )
         write_run(folder, recipe, report)
     return report
 

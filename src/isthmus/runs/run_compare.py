@@ -68,7 +68,7 @@ def run_compare(
     )
     chosen = [each for each in choose_methods(methods, inputs.calibration) if each.exact] if cycles else []
     return {
-        **provenance(recipe, inputs, ""),
+        **provenance(recipe, inputs, "").to_json(),
         "proof": describe_proof(proof),
         "free_units": symmetry.free_units,
         "split": split,

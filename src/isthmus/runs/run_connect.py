@@ -36,7 +36,7 @@ def run_connect(recipe: Recipe, *, points: int = 11, split: str = "test", raw: b
         connect(pair[0], pair[1], scored, points, mode, inputs.calibration) for pair in (inputs.models, moved)
     )
     return {
-        **provenance(recipe, inputs, ""),
+        **provenance(recipe, inputs, "").to_json(),
         "method": describe_alignment(recipe, alignment),
         "proof": describe_proof(proof),
         "free_units": symmetry.free_units,

@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from isthmus.observe.collect import collect
 from isthmus.progress import progress
 from isthmus.registry import did_you_mean
 from isthmus.report.page import write_report
+from isthmus.report.schema import RunReport
 from isthmus.runs.explained_facts import describe_space, describe_spectra
 from isthmus.runs.facts import plain_json
 from isthmus.runs.load_run import FinishedRun, load_run
@@ -74,7 +75,7 @@ class ExplainOptions:
             )
 
 
-def explain_run(folder: Path, wishes: ExplainOptions | None = None) -> dict[str, Any]:
+def explain_run(folder: Path, wishes: ExplainOptions | None = None) -> RunReport:
     """Adds to a run folder's report what became of units and singular directions; returns the report.
 
     `report.json` gains the key `explain`, `features.json` holds the pictures, and the page is written anew. Units are
@@ -120,7 +121,7 @@ def explain_run(folder: Path, wishes: ExplainOptions | None = None) -> dict[str,
             else {"taylor": None, "claims": []}
         ),
         "questions": [
-            claim.to_dict() for claim in answer_questions(units.spaces, ratios, repaired=bool(run.report.get("repair")))
+            claim.to_dict() for claim in answer_questions(units.spaces, ratios, repaired=bool(run.report.repair))
         ],
         "cka": _compare_layers(run, scored),
         "options": asdict(wishes),
@@ -137,7 +138,7 @@ def explain_run(folder: Path, wishes: ExplainOptions | None = None) -> dict[str,
             for name, own in units.spaces.items()
         },
     }
-    report = {**run.report, "explain": told}
+    report = replace(run.report, explain=told)
     write_text(run.folder / "features.json", json.dumps(features))
     write_text(run.folder / "report.json", json.dumps(plain_json(report), indent=1, ensure_ascii=False))
     write_report(run.folder)

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from isthmus.merging.repair import REPAIRS, repair, repair_as_asked
 from isthmus.models.hugging_face import is_hugging_face
 from isthmus.observe.score import Ensemble, evaluate
 from isthmus.registry import configure
+from isthmus.report.schema import RunReport, RunScores
 from isthmus.runs.card import model_card, verdict
 from isthmus.runs.facts import (
     WALKED_SAMPLES,
     describe_alignment,
-    describe_coefficients,
+    describe_average,
     describe_proof,
     describe_score,
     describe_symmetry,
@@ -42,7 +44,7 @@ from isthmus.symmetry.groups import keeps_function
 MOST_MODELS_WALKED = 5
 
 
-def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = "") -> dict[str, Any]:
+def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = "") -> RunReport:
     """Merges what the recipe names into a run folder, and returns its report.
 
     The folder holds `model.safetensors`, `alignment.safetensors`, `recipe.yaml`, `report.json`, `report.html` and
@@ -68,27 +70,24 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
         if recipe.out_dtype is not None:
             repaired = repaired.to(getattr(torch, recipe.out_dtype))
         scores, curves, simplex = _measure(recipe, inputs, alignment, merged, repaired)
-        report = {
-            **provenance(recipe, inputs, command),
-            "method": describe_alignment(recipe, alignment),
-            "average": {
-                "name": recipe.merge_method,
-                "options": recipe.parameters,
-                **describe_coefficients(recipe, len(inputs.models)),
-            },
-            "repair": recipe.repair if repaired is not merged else None,
-            "gained_biases": list(outcome_of(repaired).gained_biases),
-            "proof": describe_proof(proof),
-            "symmetry": describe_symmetry(symmetry, alignment),
-            "scores": scores,
-            "curves": curves,
-            "simplex": simplex,
-        }
-        report["seconds"] = time.perf_counter() - start
-        report["verdict"] = verdict(report)
+        report = RunReport(
+            provenance=provenance(recipe, inputs, command),
+            method=describe_alignment(recipe, alignment),
+            average=describe_average(recipe, len(inputs.models)),
+            repair=recipe.repair if repaired is not merged else None,
+            gained_biases=outcome_of(repaired).gained_biases,
+            proof=describe_proof(proof),
+            symmetry=describe_symmetry(symmetry, alignment),
+            scores=scores,
+            curves=curves,
+            simplex=simplex,
+            seconds=time.perf_counter() - start,
+            verdict="",
+        )
+        report = replace(report, verdict=verdict(report))
         if is_hugging_face(repaired):
-            report["transformers_class"] = type(repaired).__name__
-            report["left_out"] = save_hugging_face(repaired, recipe, folder, report["gained_biases"])
+            left_out = save_hugging_face(repaired, recipe, folder, report.gained_biases or ())
+            report = replace(report, transformers_class=type(repaired).__name__, left_out=left_out)
         else:
             save_state(repaired.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
             copy_config(recipe.models[0].model, folder)
@@ -100,7 +99,7 @@ def run_merge(recipe: Recipe, out: Path, *, force: bool = False, command: str = 
 
 def _measure(
     recipe: Recipe, inputs: Inputs, alignment: Alignment, merged: nn.Module, repaired: nn.Module
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None, dict[str, Any] | None]:
+) -> tuple[RunScores | None, list[dict[str, Any]] | None, dict[str, Any] | None]:
     """Scores of parents, ensemble, naive average and result on the test split, curves, and the simplex of three.
 
     Scores are of the whole test split. Between the models, where dozens of networks are scored, it is samples of it
@@ -112,19 +111,18 @@ def _measure(
         return None, None, None
     test = inputs.data.test()
     naive = merge(inputs.models, None, "mean", recipe.coefficients)
-    scores = {
-        "parents": [describe_score(evaluate(model, test)) for model in inputs.models],
-        "ensemble": describe_score(evaluate(Ensemble(inputs.models), test)),
-        "naive": describe_score(evaluate(naive, test)),
-        "naive_mended": None,
-        "aligned": describe_score(evaluate(merged, test)) if not outcome_of(merged).needs_repair else None,
-        "merged": describe_score(evaluate(repaired, test)),
-    }
+    scores = RunScores(
+        parents=tuple(describe_score(evaluate(model, test)) for model in inputs.models),
+        ensemble=describe_score(evaluate(Ensemble(inputs.models), test)),
+        naive=describe_score(evaluate(naive, test)),
+        aligned=describe_score(evaluate(merged, test)) if not outcome_of(merged).needs_repair else None,
+        merged=describe_score(evaluate(repaired, test)),
+    )
     if recipe.repair is not None and REPAIRS[recipe.repair]().changes(naive):
         naive = repair(
             naive, inputs.calibration, recipe.repair, parents=inputs.models, coefficients=recipe.coefficients
         )
-        scores["naive_mended"] = describe_score(evaluate(naive, test))
+        scores = replace(scores, naive_mended=describe_score(evaluate(naive, test)))
     if len(inputs.models) > MOST_MODELS_WALKED or not keeps_function(alignment):
         return scores, None, None
     walked_on = inputs.data.test(seed=recipe.seed).take(WALKED_SAMPLES)
