@@ -12,6 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from isthmus.merging.repair import REPAIRS
 
+# A JSON object that is shown, or kept, as it is.
+Json = Mapping[str, Any]
+
 
 class JsonPart:
     """A part of a report: a dataclass whose fields are the keys."""
@@ -24,7 +27,7 @@ class JsonPart:
 Part = TypeVar("Part", bound=JsonPart)
 
 
-def read_part(kind: type[Part], value: Any) -> Part | None:
+def _read_part(kind: type[Part], value: Any) -> Part | None:
     """The part that JSON holds; None for null.
 
     Raises:
@@ -90,12 +93,12 @@ class MethodFacts(JsonPart):
     """How the models were matched, and what the method reached."""
 
     name: str
-    options: Mapping[str, Any] | None = None
+    options: Json | None = None
     objective: float | None = None
     upper_bound: float | None = None
     converged: bool | None = None
     seconds: float | None = None
-    details: Mapping[str, Any] | None = None
+    details: Json | None = None
     folded: bool | None = None
 
 
@@ -104,7 +107,7 @@ class AverageFacts(JsonPart):
     """How the aligned weights were averaged."""
 
     name: str | None = None
-    options: Mapping[str, Any] | None = None
+    options: Json | None = None
     coefficients: Sequence[float] | None = None
     coefficients_by_path: Mapping[str, Sequence[float]] | None = None
 
@@ -164,8 +167,8 @@ def _read_scores(value: Any) -> RunScores | None:
         return None
     if not isinstance(value, Mapping):
         raise TypeError(f"a {type(value).__name__} stands where the scores are an object")
-    parents = [read_part(ScoreFacts, each) for each in value.get("parents") or ()]
-    single = {name: read_part(ScoreFacts, value.get(name)) for name in SINGLE_SCORES}
+    parents = [_read_part(ScoreFacts, each) for each in value.get("parents") or ()]
+    single = {name: _read_part(ScoreFacts, value.get(name)) for name in SINGLE_SCORES}
     return RunScores(tuple(each for each in parents if each is not None), **single)
 
 
@@ -196,7 +199,7 @@ class RunReport:
 
     provenance: Provenance
     method: MethodFacts
-    symmetry: Mapping[str, Any]
+    symmetry: Json
     verdict: str
     average: AverageFacts | None = None
     repair: str | None = None
@@ -204,14 +207,14 @@ class RunReport:
     proof: ProofFacts | None = None
     aligned: Sequence[str] | None = None
     scores: RunScores | None = None
-    curves: Sequence[Mapping[str, Any]] | None = None
-    simplex: Mapping[str, Any] | None = None
+    curves: Sequence[Json] | None = None
+    simplex: Json | None = None
     seconds: float | None = None
     transformers_class: str | None = None
     left_out: Sequence[str] | None = None
-    explain: Mapping[str, Any] | None = None
-    others: Mapping[str, Any] = field(default_factory=dict)
-    features: Mapping[str, Any] | None = None
+    explain: Json | None = None
+    others: Json = field(default_factory=dict)
+    features: Json | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "RunReport":
@@ -224,15 +227,15 @@ class RunReport:
         origin = {each.name for each in fields(Provenance)}
         known = {name: content[name] for name in own if name in content}
         known |= {
-            "method": read_part(MethodFacts, content["method"]),
-            "average": read_part(AverageFacts, content.get("average")),
-            "proof": read_part(ProofFacts, content.get("proof")),
+            "method": _read_part(MethodFacts, content["method"]),
+            "average": _read_part(AverageFacts, content.get("average")),
+            "proof": _read_part(ProofFacts, content.get("proof")),
             "scores": _read_scores(content.get("scores")),
         }
-        models = tuple(_required(read_part(ParentFile, each)) for each in content["models"])
+        models = tuple(_required(_read_part(ParentFile, each)) for each in content["models"])
         provenance = Provenance(
             **{name: content[name] for name in origin if name in content}
-            | {"models": models, "data": read_part(DataFacts, content.get("data"))}
+            | {"models": models, "data": _read_part(DataFacts, content.get("data"))}
         )
         others = {name: value for name, value in content.items() if name not in own | origin}
         return cls(provenance, others=others, **known)
