@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from isthmus.graph.operations import RESHAPE_OVERLOADS
+from isthmus.graph.operations import RESHAPE_OVERLOADS, overload_name
 
 Shape = tuple[int, ...]
 
@@ -56,7 +56,7 @@ def first_mixing(graph: fx.Graph, other: fx.Graph, inputs: Sequence[str]) -> str
         ]
         for (_, shape), dim in zip(pairs, found, strict=True):
             assert dim is not None
-            if str(node.target) in RESHAPE_OVERLOADS:
+            if overload_name(node) in RESHAPE_OVERLOADS:
                 kept = shape[:dim] == before[0][0][: before[0][1]]
             else:
                 kept = shape[dim] in {there[place] for there, place in before}

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from isthmus.data.batches import Batch
 from isthmus.errors import InputError, ModelError, TraceError
 from isthmus.graph.batch_size import first_mixing
 from isthmus.wording import counted, told
@@ -36,11 +37,13 @@ class Program:
     module: nn.Module
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
-    parameters: dict[str, str] = field(default_factory=dict)
-    constants: dict[str, object] = field(default_factory=dict)
-    inputs: list[str] = field(default_factory=list)
+    parameters: dict[str, str] = field(default_factory=dict[str, str])
+    constants: dict[str, object] = field(default_factory=dict[str, object])
+    inputs: list[str] = field(default_factory=list[str])
     fixed_size: bool = False
-    _recaptured: dict[tuple[tuple[int, ...], ...], "Program"] = field(default_factory=dict)
+    _recaptured: dict[tuple[tuple[int, ...], ...], "Program"] = field(
+        default_factory=dict[tuple[tuple[int, ...], ...], "Program"]
+    )
 
     def __repr__(self) -> str:
         nodes, inputs = counted(len(self.graph.nodes), "node"), counted(len(self.inputs), "input")
@@ -51,12 +54,17 @@ class Program:
         """The graph of aten operations."""
         return self.exported.graph
 
+    def in_order(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword inputs in the order of the example's, in which the graph takes them."""
+        return {name: kwargs[name] for name in self.kwargs} if kwargs.keys() == self.kwargs.keys() else dict(kwargs)
+
     def for_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Program":
         """The same graph captured for inputs of another batch size; node names are the same.
 
         Raises:
             TraceError: The graph is another one at this size, so that what was traced does not hold for it.
         """
+        kwargs = self.in_order(kwargs)
         shapes = _input_shapes(args, kwargs)
         if shapes == _input_shapes(self.args, self.kwargs):
             return self
@@ -120,7 +128,9 @@ def share_structure(model: nn.Module) -> nn.Module:
         ModelError: A module holds a tensor that it computes from its parameters before each run; torch copies no such
             module.
     """
-    for path, module in model.named_modules():
+    walked: Any = model.named_modules()  # torch leaves its type open
+    modules: Iterator[tuple[str, nn.Module]] = walked
+    for path, module in modules:
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 raise ModelError(
@@ -157,8 +167,8 @@ def capture(
         return _export(shared, args, kwargs)
     # Everything on one device; buffers that have numbers, such as a table of indices, keep them as constants.
     numbers = {name: buffer for name, buffer in shared.named_buffers() if not buffer.is_meta}
-    args, named = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
-    return _export(shared.to("meta"), args, named, numbers)
+    example = Batch(args, kwargs).mapped(lambda tensor: tensor.to("meta"))
+    return _export(shared.to("meta"), example.args, example.kwargs, numbers)
 
 
 def _capture_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
@@ -181,7 +191,7 @@ def _capture_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: M
 def _without_guards(program: ExportedProgram) -> nn.Module:
     """A program's module that runs at every size at which its operations do."""
     module = program.module()
-    module._forward_pre_hooks.clear()  # of these, some versions of torch check sizes
+    vars(module)["_forward_pre_hooks"].clear()  # of these, some versions of torch check sizes
     for node in [n for n in module.graph.nodes if n.op == "call_module" and not n.users]:  # and others in the graph
         module.graph.erase_node(node)
     module.recompile()
@@ -280,7 +290,7 @@ def _first_line(error: BaseException) -> str:
 
 def module_path(node: fx.Node) -> str:
     """Path of the module in which a node runs."""
-    stack = node.meta.get("nn_module_stack") or {}
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
@@ -307,10 +317,10 @@ def state_tensors(model: nn.Module | ExportedProgram) -> dict[str, Tensor]:
         ModelError: A state-dict entry is no dense floating-point or integer tensor.
     """
     state = model.state_dict
-    tensors: dict[str, Tensor] = dict(state() if callable(state) else state)
-    for name, tensor in tensors.items():
+    entries: dict[str, Any] = dict(state() if callable(state) else state)
+    for name, tensor in entries.items():
         if not isinstance(tensor, Tensor) or tensor.is_quantized or tensor.layout != torch.strided:
             raise ModelError(
                 f"{name} is no dense tensor (quantised or sparse): convert the model to plain floating point"
             )
-    return tensors
+    return entries

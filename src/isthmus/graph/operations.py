@@ -5,21 +5,25 @@ ends in `OVERLOADS` hold overloads, as in `aten.add.Tensor`, for those who read 
 operation that works in place has a name of its own, with an underscore behind it.
 """
 
+from typing import Any
+
 from torch import fx
 from torch._ops import OpOverload
 
 # Copies and casts: the result holds the numbers of the input where they are. Dropout is one of them in `eval()`.
-COPIES = frozenset({"aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.to"})
-COPIES |= {"aten._to_copy", "aten.lift_fresh_copy", "aten.type_as", "aten.dropout"}
-# Those that share the input's memory, in every case.
-WHOLE_VIEWS = frozenset({"aten.alias", "aten.detach"})
+WHOLE_VIEWS = frozenset({"aten.alias", "aten.detach"})  # share the input's memory in every case
+COPIES = WHOLE_VIEWS | {
+    *("aten.clone", "aten.contiguous", "aten.detach_", "aten.lift_fresh_copy"),
+    *("aten.to", "aten._to_copy", "aten.type_as", "aten.dropout"),
+}
 # Dropout of whole channels and of SELU networks: copies in `eval()` too, but no gain is followed through them.
 RARE_DROPOUTS = frozenset({"aten.feature_dropout", "aten.alpha_dropout"})
 # What a gain is followed through unchanged.
 UNCHANGED = COPIES | {"aten.positive"}
 # Linear in their one operand among the operations that torch declares pointwise; other copies have a rule of their own.
-LINEAR_POINTWISE = frozenset({"aten.neg", "aten.neg_", "aten.positive", "aten.clone", "aten.alias", "aten._to_copy"})
-LINEAR_POINTWISE |= {"aten.to"}
+LINEAR_POINTWISE = frozenset(
+    {"aten.neg", "aten.neg_", "aten.positive", "aten.clone", "aten.alias", "aten._to_copy", "aten.to"}
+)
 
 # Sums of two: linear in each operand, as long as only one holds units of a space.
 ADDITIONS = frozenset({"aten.add", "aten.add_"})
@@ -72,8 +76,10 @@ SLICES = SPLITS | {"aten.slice", "aten.narrow", "aten.index_select"}
 # Take one place along a dimension, which goes.
 PICKS = frozenset({"aten.select", "aten.unbind"})
 # May leave out numbers of their input altogether; splits, of which every part is there, do not.
-SELECTIONS = frozenset({"aten.slice", "aten.narrow", "aten.index_select", "aten.select", "aten.index"})
-SELECTIONS |= {"aten.take_along_dim", "aten.diagonal", "aten.unfold"}
+SELECTIONS = frozenset(
+    f"aten.{name}"
+    for name in ("slice", "select", "narrow", "index", "index_select", "take_along_dim", "diagonal", "unfold")
+)
 
 # The normalisation by running statistics as modules call it: input, weight and bias come first.
 BATCH_NORM_OVERLOADS = frozenset({"aten.batch_norm.default"})
@@ -81,9 +87,17 @@ BATCH_NORM_OVERLOADS = frozenset({"aten.batch_norm.default"})
 
 def operation_name(node: fx.Node) -> str:
     """A short name of the operation that a node runs."""
-    if isinstance(node.target, OpOverload):
-        return str(node.target.overloadpacket)
-    return getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else node.op
+    target: Any = node.target
+    if isinstance(target, OpOverload):
+        packet: Any = target.overloadpacket
+        return str(packet)
+    return getattr(target, "__name__", str(target)) if node.op == "call_function" else node.op
+
+
+def overload_name(node: fx.Node) -> str:
+    """The name of the very overload that a node runs."""
+    target: Any = node.target
+    return str(target)
 
 
 def writes_in_place(node: fx.Node) -> bool:

@@ -26,10 +26,7 @@ def feed(program: Program, state: State, batch: Batch) -> dict[fx.Node, Any]:
     Parameters that the state lacks have none, so that a state may hold no more than is read. Constants are brought to
     the inputs' device.
     """
-    kwargs = batch.kwargs
-    if kwargs.keys() == program.kwargs.keys():  # the graph takes them in the order of its example
-        kwargs = {name: kwargs[name] for name in program.kwargs}
-    leaves: list[Any] = pytree.tree_leaves((batch.args, dict(kwargs)))
+    leaves: list[Any] = pytree.tree_leaves((batch.args, program.in_order(batch.kwargs)))
     device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
     inputs = iter(leaves)
     values: dict[fx.Node, Any] = {}
@@ -89,7 +86,8 @@ def run(
     for node in nodes:
         if node.op == "output":
             answer: Any = interpreter.map_nodes_to_values(node.args[0], node)
-            return pytree.tree_unflatten(list(answer), program.exported.call_spec.out_spec)
+            form: Any = program.exported.call_spec.out_spec
+            return pytree.tree_unflatten(list(answer), form)
         if node.name in instead:
             args, kwargs = interpreter.fetch_args_kwargs_from_env(node)
             env[node] = instead[node.name](*args, **kwargs)

@@ -23,6 +23,7 @@ from isthmus.graph.operations import (
     LINEAR_LAYERS,
     RECTIFIERS,
     operation_name,
+    overload_name,
 )
 from isthmus.state import State
 from isthmus.symmetry.symmetry import Symmetry
@@ -87,7 +88,7 @@ def layers_of(symmetry: Symmetry) -> list[Layer]:
 
 def _rows_can_be_gathered(node: fx.Node) -> bool:
     """Whether a product reads: input, weight, bias, and for convolutions stride, padding, dilation, groups."""
-    return operation_name(node) in LINEAR_LAYERS or str(node.target) in CONVOLUTION_OVERLOADS
+    return operation_name(node) in LINEAR_LAYERS or overload_name(node) in CONVOLUTION_OVERLOADS
 
 
 def shared_weights(program: Program) -> set[str]:
@@ -106,7 +107,7 @@ def _stream_of(output: fx.Node, order: Mapping[str, int], position: int) -> tupl
         return None, None
     (user,) = output.users
     addends = user.all_input_nodes
-    if str(user.target) not in ADDITION_OVERLOADS or len(user.args) != 2 or user.kwargs or len(addends) != 2:
+    if overload_name(user) not in ADDITION_OVERLOADS or len(user.args) != 2 or user.kwargs or len(addends) != 2:
         return None, None
     other = addends[1] if addends[0] is output else addends[0]
     same = other.meta["val"].shape == output.meta["val"].shape == user.meta["val"].shape

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from isthmus.data.batches import Batch, read_batches
 from isthmus.errors import DataError, InputError, TraceError
 from isthmus.graph.capture import Program
-from isthmus.graph.operations import BATCH_NORM_OVERLOADS
+from isthmus.graph.operations import BATCH_NORM_OVERLOADS, overload_name
 from isthmus.graph.reader import program_for, run
 from isthmus.observe.score import Score, evaluate
 from isthmus.partial_merging.cut import Cut
@@ -261,7 +261,7 @@ class Meter:
             DataError: One value a channel has no variance.
             TraceError: An operation that is no BatchNorm as modules call it.
         """
-        if str(node.target) not in BATCH_NORM_OVERLOADS:
+        if overload_name(node) not in BATCH_NORM_OVERLOADS:
             raise TraceError(f"{node.name}: statistics of {node.target} cannot be measured")
         x, weight, bias = args[:3]
         if x.numel() <= x.shape[1]:
