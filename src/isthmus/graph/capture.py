@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -128,9 +128,7 @@ def share_structure(model: nn.Module) -> nn.Module:
         ModelError: A module holds a tensor that it computes from its parameters before each run; torch copies no such
             module.
     """
-    walked: Any = model.named_modules()  # torch leaves its type open
-    modules: Iterator[tuple[str, nn.Module]] = walked
-    for path, module in modules:
+    for path, module in model.named_modules():  # pyright: ignore[reportUnknownVariableType] - torch's own gap
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 raise ModelError(
