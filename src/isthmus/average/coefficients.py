@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from isthmus.errors import InputError
+from isthmus.kinds import kind_of
 from isthmus.registry import did_you_mean
 from isthmus.wording import told_by_fields
 
@@ -53,7 +54,8 @@ def check_coefficients(given: CoefficientsLike, models: int, names: Iterable[str
         names: The tensors' names, for checking paths.
 
     Raises:
-        InputError: A list of the wrong length, NaN or infinite numbers, a sum of zero, or a path where no tensor lies.
+        InputError: Something else than such a list, one of the wrong length, NaN or infinite numbers, a sum of zero, or
+            a path where no tensor lies.
     """
     equal = (1 / models,) * models
     if given is None:
@@ -74,6 +76,12 @@ def check_coefficients(given: CoefficientsLike, models: int, names: Iterable[str
 
 def _scaled(weights: Sequence[float], models: int, where: str) -> tuple[float, ...]:
     """The weights, scaled to sum to one."""
+    if isinstance(weights, str | bytes | Mapping | set | frozenset) or not isinstance(weights, Iterable):
+        raise InputError(f"coefficients{where} are {kind_of(weights)}: give one number a model, such as [0.3, 0.7]")
+    weights = list(weights)
+    wrong = [weight for weight in weights if isinstance(weight, str | bytes) or not hasattr(weight, "__float__")]
+    if wrong:
+        raise InputError(f"coefficients{where} hold {kind_of(wrong[0])}: give one number a model, such as [0.3, 0.7]")
     if len(weights) != models:
         raise InputError(f"{len(weights)} coefficients{where} for {models} models: give one a model")
     total = sum(weights)

@@ -1,11 +1,10 @@
 """`align`: what the caller gave is checked once, and a method matches it."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
-from isthmus.data.batches import Batch, check_data
+from isthmus.data.batches import Batch, Data, check_data
 from isthmus.errors import InputError
 from isthmus.graph.capture import Program
 from isthmus.kinds import check_seed, kind_of
@@ -33,7 +32,7 @@ def align(
     models: Sequence[ModelLike],
     symmetry: Symmetry | None = None,
     method: str | Match = "weight_matching",
-    data: Any = None,
+    data: Data | None = None,
     seed: int = 0,
     *,
     inputs: Inputs | None = None,

@@ -1,13 +1,12 @@
 """Judging alignments on data that they were not fitted to."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
 from isthmus.average.mean import Mean
-from isthmus.data.batches import is_labelled, read_batches
+from isthmus.data.batches import Data, is_labelled, read_batches
 from isthmus.errors import DataError, ModelError
 from isthmus.match.base import MatchingProblem
 from isthmus.merging.merge import merge_checked
@@ -18,7 +17,7 @@ from isthmus.observe.score import Ensemble, class_scores, evaluate_checked
 from isthmus.symmetry.alignment import Alignment
 
 
-def judge_by(problem: MatchingProblem, fitting: Any, held: Any) -> tuple[Callable[[Alignment], float], str]:
+def judge_by(problem: MatchingProblem, fitting: Data, held: Data) -> tuple[Callable[[Alignment], float], str]:
     """How an alignment is scored, lower is better, and the criterion's name.
 
     The models are averaged in its frame and BatchNorm statistics reset on the fitting part.
@@ -45,7 +44,7 @@ def judge_by(problem: MatchingProblem, fitting: Any, held: Any) -> tuple[Callabl
     )
 
 
-def _classifies(model: nn.Module, data: Any) -> bool:
+def _classifies(model: nn.Module, data: Data) -> bool:
     """Whether the model's outputs are class scores for the data's targets."""
     try:
         evaluate_checked(model, data)
@@ -54,7 +53,7 @@ def _classifies(model: nn.Module, data: Any) -> bool:
     return True
 
 
-def _loss_of(merged: nn.Module, data: Any) -> float:
+def _loss_of(merged: nn.Module, data: Data) -> float:
     """The loss of a merged model.
 
     Raises:
@@ -64,7 +63,7 @@ def _loss_of(merged: nn.Module, data: Any) -> float:
     return evaluate_checked(merged, data).loss
 
 
-def _distance_of_scores(model: nn.Module, ensemble: nn.Module, data: Any) -> float:
+def _distance_of_scores(model: nn.Module, ensemble: nn.Module, data: Data) -> float:
     """Mean squared distance of two models' class scores.
 
     Raises:

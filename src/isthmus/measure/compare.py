@@ -15,7 +15,7 @@ from torch import nn
 
 from isthmus.average import AVERAGES
 from isthmus.average.base import Average
-from isthmus.data.batches import check_data, is_labelled
+from isthmus.data.batches import Data, check_data, is_labelled
 from isthmus.errors import DataError, InputError, IsthmusError
 from isthmus.kinds import check_seed
 from isthmus.match.aligning import METHODS, configured_method
@@ -119,8 +119,8 @@ class Comparison:
 
 def compare(
     models: Sequence[ModelLike],
-    data: Any,
-    calibration: Any = None,
+    data: Data | None,
+    calibration: Data | None = None,
     symmetry: Symmetry | None = None,
     *,
     methods: Sequence[str | Match] | None = None,
@@ -199,7 +199,7 @@ def compare(
     return Comparison(parents, ensemble, tuple(rows))
 
 
-def choose_methods(methods: Sequence[str | Match] | None, data: Any) -> list[Match]:
+def choose_methods(methods: Sequence[str | Match] | None, data: Data | None) -> list[Match]:
     """The configured methods; by default all whose needs the data meets."""
     if methods is not None:
         return [

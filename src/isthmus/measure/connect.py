@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from isthmus.average.mean import Mean
-from isthmus.data.batches import check_data
+from isthmus.data.batches import Data, check_data
 from isthmus.errors import DataError, InputError
 from isthmus.kinds import check_kind, check_whole, kind_of
 from isthmus.merging.merge import merge_checked
@@ -87,10 +87,10 @@ def _rise_at_half(lambdas: Any, values: Any) -> float:
 def connect(
     model_a: nn.Module,
     model_b: nn.Module,
-    data: Any = None,
+    data: Data | None = None,
     points: int = 11,
     repair: str | None = "reset",
-    calibration: Any = None,
+    calibration: Data | None = None,
     *,
     loss: Loss | None = None,
 ) -> Curve:
@@ -121,7 +121,7 @@ def connect(
 
 
 def connect_checked(
-    a: nn.Module, b: nn.Module, data: Any, points: int, calibration: Any, *, loss: Loss | None = None
+    a: nn.Module, b: nn.Module, data: Data | None, points: int, calibration: Data | None, *, loss: Loss | None = None
 ) -> Curve:
     """As `connect`, of checked modules in `eval()`.
 
@@ -150,7 +150,7 @@ def connect_checked(
     )
 
 
-def check_reset(model: nn.Module, repair: str | None, calibration: Any) -> bool:
+def check_reset(model: nn.Module, repair: str | None, calibration: Data | None) -> bool:
     """Whether statistics are to be re-estimated where weights are mixed: `repair` says so, and there are some.
 
     Raises:
@@ -190,7 +190,12 @@ def check_loss(loss: Loss | None) -> None:
 
 
 def score_mixed(
-    models: Sequence[nn.Module], coefficients: Sequence[float], data: Any, calibration: Any, *, loss: Loss | None = None
+    models: Sequence[nn.Module],
+    coefficients: Sequence[float],
+    data: Data | None,
+    calibration: Data | None,
+    *,
+    loss: Loss | None = None,
 ) -> tuple[Score, Score]:
     """The score of the weights Σ c_m W_m, raw and repaired.
 

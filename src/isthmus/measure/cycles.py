@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from isthmus.data.batches import check_data
+from isthmus.data.batches import Data, check_data
 from isthmus.errors import InputError
 from isthmus.kinds import check_kind, check_seed
 from isthmus.match.aligning import configured_method
@@ -84,7 +84,7 @@ def cycle_error(
     models: Sequence[ModelLike],
     symmetry: Symmetry,
     method: str | Match = "weight_matching",
-    data: Any = None,
+    data: Data | None = None,
     seed: int = 0,
     *,
     module: nn.Module | None = None,
@@ -170,8 +170,8 @@ def _distance_from_identity(transforms: Transforms, symmetry: Symmetry, space: S
 def pairwise_barriers(
     models: Sequence[ModelLike],
     alignment: Alignment,
-    data: Any = None,
-    calibration: Any = None,
+    data: Data | None = None,
+    calibration: Data | None = None,
     points: int = 11,
     *,
     repair: str | None = "reset",

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from isthmus.average.mean import Mean
-from isthmus.data.batches import check_data
+from isthmus.data.batches import Data, check_data
 from isthmus.errors import InputError, ModelError
 from isthmus.kinds import check_kind
 from isthmus.measure.connect import Curve, check_loss, check_points, check_reset, score_mixed
@@ -161,10 +161,10 @@ def _range_of(losses: Sequence[float]) -> str | None:
 
 def walk_simplex(
     models: Sequence[ModelLike],
-    data: Any,
+    data: Data | None,
     points: int | None = None,
     repair: str | None = "reset",
-    calibration: Any = None,
+    calibration: Data | None = None,
     *,
     loss: Loss | None = None,
     module: nn.Module | None = None,
@@ -258,10 +258,10 @@ def _largest(rises: Sequence[float]) -> float:
 
 def walk_plane(
     models: Sequence[ModelLike],
-    data: Any,
+    data: Data | None,
     points: int = 9,
     margin: float = 0.25,
-    calibration: Any = None,
+    calibration: Data | None = None,
     *,
     loss: Loss | None = None,
     module: nn.Module | None = None,

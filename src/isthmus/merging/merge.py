@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from isthmus.average import AVERAGES
 from isthmus.average.base import Average, AveragingProblem
 from isthmus.average.coefficients import CoefficientsLike, check_coefficients
-from isthmus.data.batches import check_data
+from isthmus.data.batches import Data, check_data
 from isthmus.errors import DataError, InputError
 from isthmus.graph.capture import tied_names
 from isthmus.kinds import check_kind, check_seed, kind_of
@@ -31,7 +30,7 @@ def merge(
     alignment: Alignment | None = None,
     average: str | Average = "mean",
     coefficients: CoefficientsLike = None,
-    data: Any = None,
+    data: Data | None = None,
     base: ModelLike | None = None,
     seed: int = 0,
     *,
@@ -91,7 +90,7 @@ def merge_checked(
     alignment: Alignment | None,
     average: Average,
     coefficients: CoefficientsLike = None,
-    data: Any = None,
+    data: Data | None = None,
     base: nn.Module | None = None,
     seed: int = 0,
 ) -> nn.Module:
@@ -147,7 +146,7 @@ def configured_average(average: str | Average) -> Average:
     """
     if isinstance(average, str):
         return configure("average", average, AVERAGES)
-    if isinstance(average, type) or not isinstance(average, Average):
+    if not isinstance(average, Average):
         raise InputError(f"average is {kind_of(average)}: give a name in AVERAGES or a configured one, such as Mean()")
     return average
 

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from isthmus.average.coefficients import CoefficientsLike, check_coefficients
-from isthmus.data.batches import check_data
+from isthmus.data.batches import Data, check_data
 from isthmus.errors import DataError, InputError, ModelError, TransformError
 from isthmus.graph.reader import Observer, observe
 from isthmus.kinds import check_kind, kind_of
@@ -52,7 +52,7 @@ class Repair(Protocol):
     def __call__(
         self,
         merged: nn.Module,
-        data: Any,
+        data: Data | None,
         parents: Sequence[nn.Module],
         alignment: Alignment | None,
         coefficients: CoefficientsLike,
@@ -76,7 +76,7 @@ class Reset:
     def __call__(
         self,
         merged: nn.Module,
-        data: Any,
+        data: Data | None,
         parents: Sequence[nn.Module],
         alignment: Alignment | None,
         coefficients: CoefficientsLike,
@@ -114,7 +114,7 @@ class Rescale:
     def __call__(
         self,
         merged: nn.Module,
-        data: Any,
+        data: Data | None,
         parents: Sequence[nn.Module],
         alignment: Alignment | None,
         coefficients: CoefficientsLike,
@@ -137,7 +137,7 @@ REPAIRS: dict[str, type[Repair]] = {"reset": Reset, "repair": Rescale}
 
 def repair(
     merged: nn.Module,
-    data: Any = None,
+    data: Data | None = None,
     method: str | Repair = "reset",
     *,
     parents: Sequence[ModelLike] | None = None,
@@ -185,7 +185,7 @@ def repair(
 
 def repair_checked(
     merged: nn.Module,
-    data: Any,
+    data: Data | None,
     method: Repair,
     parents: Sequence[nn.Module] = (),
     alignment: Alignment | None = None,
@@ -217,7 +217,7 @@ def _configured_repair(method: str | Repair) -> Repair:
 def repair_as_asked(
     merged: nn.Module,
     method: str | None,
-    data: Any,
+    data: Data | None,
     parents: Sequence[nn.Module],
     alignment: Alignment | None,
     coefficients: CoefficientsLike = None,
@@ -272,7 +272,7 @@ class Point:
 
 def _rescale(
     merged: nn.Module,
-    data: Any,
+    data: Data | None,
     parents: Sequence[nn.Module],
     alignment: Alignment | None,
     coefficients: CoefficientsLike,

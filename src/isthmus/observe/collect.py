@@ -5,14 +5,13 @@ Suffixes: S samples, N models, U units of a space with all its copies.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from isthmus.data.batches import check_data, read_batches
+from isthmus.data.batches import Data, check_data, read_batches
 from isthmus.errors import InputError, SymmetryError
 from isthmus.graph.reader import observe_batch
 from isthmus.observe.given import Inputs, as_modules, symmetry_of
@@ -27,7 +26,7 @@ from isthmus.symmetry.transform import to_front
 def collect(
     models: Sequence[nn.Module],
     symmetry: Symmetry | None = None,
-    data: Any = None,
+    data: Data | None = None,
     *,
     at: str = "post",
     inputs: Inputs | None = None,
@@ -59,7 +58,7 @@ def collect(
     return collect_checked(modules, symmetry_of(modules[0], symmetry, inputs, data), data, at=at)
 
 
-def collect_checked(models: Sequence[nn.Module], symmetry: Symmetry, data: Any, *, at: str = "post") -> Moments:
+def collect_checked(models: Sequence[nn.Module], symmetry: Symmetry, data: Data | None, *, at: str = "post") -> Moments:
     """As `collect`, of checked modules in `eval()` and their symmetry with its graph.
 
     Raises:
@@ -70,7 +69,7 @@ def collect_checked(models: Sequence[nn.Module], symmetry: Symmetry, data: Any, 
 
 
 def collect_joint(
-    models: Sequence[nn.Module], symmetries: Sequence[Symmetry], data: Any, *, at: str = "post"
+    models: Sequence[nn.Module], symmetries: Sequence[Symmetry], data: Data | None, *, at: str = "post"
 ) -> tuple[dict[str, JointMoments], int]:
     """As `collect`, for models whose spaces have the same names and may have other sizes.
 
@@ -101,7 +100,7 @@ def check_at(at: str) -> None:
 
 
 def _read_spaces(
-    models: Sequence[nn.Module], symmetries: Sequence[Symmetry], data: Any, at: str
+    models: Sequence[nn.Module], symmetries: Sequence[Symmetry], data: Data | None, at: str
 ) -> tuple[dict[str, JointMoments], int]:
     """The moments of every space that can be read, all models side by side, and the number of inputs read.
 

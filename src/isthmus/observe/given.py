@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from isthmus.checkpoint.fitting import check_finite, check_state
-from isthmus.data.batches import first_batch
+from isthmus.data.batches import Data, first_batch
 from isthmus.errors import InputError, SymmetryError
 from isthmus.kinds import check_kind, kind_of
 from isthmus.state import State
@@ -135,7 +135,7 @@ def differ_in_width(models: Sequence[ModelLike]) -> bool:
     return alike and any(tensor.shape != states[0][name].shape for state in states for name, tensor in state.items())
 
 
-def symmetry_of(model: nn.Module, symmetry: Symmetry | None, inputs: Inputs | None, data: Any) -> Symmetry:
+def symmetry_of(model: nn.Module, symmetry: Symmetry | None, inputs: Inputs | None, data: Data | None) -> Symmetry:
     """The symmetry that was given, with its graph if one can be had, or the one found on `inputs` or the first batch.
 
     Raises:
@@ -147,7 +147,7 @@ def symmetry_of(model: nn.Module, symmetry: Symmetry | None, inputs: Inputs | No
     return find_symmetry(model, symmetry, inputs, data)
 
 
-def find_symmetry(model: nn.Module, symmetry: Symmetry | None, inputs: Inputs | None, data: Any) -> Symmetry:
+def find_symmetry(model: nn.Module, symmetry: Symmetry | None, inputs: Inputs | None, data: Data | None) -> Symmetry:
     """As `symmetry_of`, of a symmetry that has been checked.
 
     Raises:

@@ -1,13 +1,12 @@
 """The running statistics of normalisation layers: where they are, and measuring them anew."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from isthmus.data.batches import read_batches
+from isthmus.data.batches import Data, read_batches
 from isthmus.errors import DataError
 from isthmus.progress import progress
 
@@ -28,7 +27,7 @@ def normalisation_layers(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
-def reset_statistics(model: nn.Module, data: Any, layers: Sequence[_BatchNorm] | None = None) -> None:
+def reset_statistics(model: nn.Module, data: Data | None, layers: Sequence[_BatchNorm] | None = None) -> None:
     """Estimates the running statistics of `model` anew, in place: the plain average over all batches.
 
     Only normalisation layers (of these the ones that `layers` names, if it does) are put into training mode, so that

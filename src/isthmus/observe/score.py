@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isthmus.data.batches import read_batches
+from isthmus.data.batches import Data, read_batches
 from isthmus.errors import DataError, ModelError
 from isthmus.kinds import check_kind
 from isthmus.observe.given import as_modules
@@ -31,7 +31,7 @@ class Score:
     __repr__ = told_by_fields
 
 
-def evaluate(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:
+def evaluate(model: nn.Module, data: Data | None, *, loss: Loss | None = None) -> Score:
     """Mean loss and accuracy of a model, in `eval()`, on labelled batches.
 
     Args:
@@ -48,7 +48,7 @@ def evaluate(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:
     return evaluate_checked(as_modules([model])[0], data, loss=loss)
 
 
-def evaluate_checked(model: nn.Module, data: Any, *, loss: Loss | None = None) -> Score:
+def evaluate_checked(model: nn.Module, data: Data | None, *, loss: Loss | None = None) -> Score:
     """As `evaluate`, of a checked module in `eval()`.
 
     Raises:

@@ -1,13 +1,13 @@
 """Zipping: one trunk for several models, and every model's own layers above it, also for different outputs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from isthmus.data.batches import Data
 from isthmus.errors import DataError, InputError, SymmetryError
 from isthmus.kinds import check_seed
 from isthmus.match.aligning import configured_method
@@ -28,7 +28,7 @@ from isthmus.symmetry.transform import Permutation, Transform, invert, move_stat
 
 def partial_zip(
     models: Sequence[ModelLike],
-    data: Any = None,
+    data: Data | None = None,
     stop: str | None = None,
     *,
     method: str | Match = "zipit",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from isthmus.checkpoint.reading import load_state, read_metadata
 from isthmus.checkpoint.writing import save_state
 from isthmus.errors import InputError, TransformError
+from isthmus.kinds import check_kind, check_whole
 from isthmus.symmetry.gains import fold_state
 from isthmus.symmetry.symmetry import Symmetry, check_counterpart
 from isthmus.symmetry.transform import LinearMap, Permutation, Transform, Transforms, compose, invert, move_state
@@ -208,11 +209,16 @@ def apply(alignment: Alignment, model: nn.Module, index: int, module: nn.Module 
         module: A model of the common frame's widths, where `model` has others.
 
     Raises:
-        InputError: The alignment has no model of that number, or the model is of other widths than the common frame and
-            no `module` was given.
+        InputError: The alignment has no model of that number, the model is of other widths than the common frame and
+            no `module` was given, or an argument is of the wrong kind.
         ModelError: The model is not of the aligned architecture, or a gain cannot be folded.
         TransformError: A transform cannot act exactly (a running variance under a linear map); `merge` can.
     """
+    check_kind(alignment, Alignment, "alignment", "apply(alignment, model, index) takes what isthmus.align returned")
+    check_kind(model, nn.Module, "model", "apply(alignment, model, index) takes a module")
+    check_whole(index, "index")
+    if module is not None:
+        check_kind(module, nn.Module, "module", "give a model of the common frame's widths")
     if not 0 <= index < len(alignment):
         raise InputError(f"index {index}: the alignment holds models 0 … {len(alignment) - 1}")
     own = alignment.own_symmetry(index)

@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
+from isthmus.errors import InputError
 from isthmus.graph.capture import capture, state_tensors, tied_names
+from isthmus.kinds import check_kind, kind_of
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.tracing.absorption import absorb_gains
 from isthmus.tracing.description import describe_frozen, describe_graph, describe_spaces
@@ -28,10 +31,17 @@ def trace(model: nn.Module | ExportedProgram, *inputs: Any, kwargs: Mapping[str,
         kwargs: Example keyword inputs.
 
     Raises:
-        InputError: No example input was given.
+        InputError: No example input was given, or one that holds no tensor; or an argument of the wrong kind.
         ModelError: The model holds quantised or sparse tensors.
         TraceError: The model cannot be captured on these inputs.
     """
+    advice = "give a module first, trace(model, x); isthmus.load_module reads a file into one"
+    check_kind(model, (nn.Module, ExportedProgram), "model", advice)
+    if kwargs is not None:
+        check_kind(kwargs, Mapping, "kwargs", "give a mapping of names to inputs")
+    given = pytree.tree_leaves((inputs, dict(kwargs or {})))
+    if given and not any(isinstance(leaf, Tensor) for leaf in given):
+        raise InputError(f"the example inputs hold no tensor, but {kind_of(given[0])}: give trace(model, x), x a batch")
     state = state_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     program = capture(model, inputs, kwargs)
