@@ -11,6 +11,7 @@ import isthmus
 from helpers.pairs import CNN, MLP, VGG_BN, data_of, fresh, inputs_of, lively, planted, symmetry
 from helpers.refusals import refuses
 from isthmus import Alignment, LinearMap, Permutation
+from isthmus.average.base import Average, Averaged
 from isthmus.average.mean import Mean
 from isthmus.errors import DataError, InputError, ModelError, SymmetryError, TransformError
 
@@ -178,13 +179,13 @@ def test_a_linear_map_acts_on_both_sides_of_its_space():
 # Refusals
 
 
-class NeedsBase:
+class NeedsBase(Average):
     """An average that asks for what is not there."""
 
     name, needs = "needs_base", "base"
 
     def __call__(self, aligned):
-        return dict(aligned.states[0])
+        return Averaged(dict(aligned.states[0]))
 
 
 class NeedsData(NeedsBase):
