@@ -1,4 +1,10 @@
-"""Every deliberate exception. A message is one line: what is wrong, where, and what to do about it."""
+"""Every deliberate exception, and checks of arguments. A message is one line: what is wrong, where, what to do."""
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, nn
+
+LONGEST_SHOWN = 40  # characters of a text that a message repeats
 
 
 class IsthmusError(Exception):
@@ -31,3 +37,59 @@ class DataError(IsthmusError):
 
 class CheckpointError(IsthmusError):
     """A file or run folder cannot be read or written safely."""
+
+
+def check_kind(value: object, kind: type | tuple[type, ...], name: str, advice: str) -> None:
+    """Refuses an argument that is of another kind.
+
+    Args:
+        value: What was given.
+        kind: What it must be an instance of.
+        name: The argument's name.
+        advice: What to give.
+
+    Raises:
+        InputError: It is of another kind.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is {kind_of(value)}: {advice}")
+
+
+def check_whole(value: object, name: str) -> None:
+    """Refuses a number that is not whole, and what is no number.
+
+    Raises:
+        InputError: It is.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputError(f"{name}={value!r}: give a whole number")
+
+
+def check_seed(seed: object) -> None:
+    """Refuses what seeds no generator.
+
+    Raises:
+        InputError: It is not a whole number, or is below 0.
+    """
+    check_whole(seed, "seed")
+    if isinstance(seed, int) and seed < 0:
+        raise InputError(f"seed={seed}: give 0 or more")
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in words: `a Tensor of shape (2, 3)`, `a list of 2`, `the text 'x'`, `the class CCA`."""
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, str):
+        return f"the text {value if len(value) <= LONGEST_SHOWN else value[:LONGEST_SHOWN] + '…'!r}"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, Tensor):
+        return f"a Tensor of shape {tuple(value.shape)}"
+    name = type(value).__name__
+    if isinstance(value, nn.Module):
+        return f"a model ({name})"
+    known_length = isinstance(value, list | tuple | set | frozenset | Mapping) and isinstance(value, Collection)
+    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}" + (f" of {len(value)}" if known_length else "")

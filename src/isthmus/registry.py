@@ -7,8 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from isthmus.errors import InputError
-from isthmus.wording import kind_of
+from isthmus.errors import InputError, kind_of
 
 T = TypeVar("T")
 

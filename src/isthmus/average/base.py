@@ -13,7 +13,7 @@ from isthmus.data.batches import Data
 from isthmus.state import State, first_float
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.groups import keeps_function
-from isthmus.wording import counted, told, told_by_fields
+from isthmus.wording.short import counted, told, told_by_fields
 
 
 @dataclass(eq=False)

@@ -4,10 +4,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from isthmus.errors import InputError
-from isthmus.kinds import kind_of
+from isthmus.errors import InputError, kind_of
 from isthmus.registry import did_you_mean
-from isthmus.wording import told_by_fields
+from isthmus.wording.short import told_by_fields
 
 # What users may give: one number a model, or such a list for every prefix of tensor names; "" is all other tensors.
 CoefficientsLike = Sequence[float] | Mapping[str, Sequence[float]] | None

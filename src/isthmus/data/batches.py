@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from isthmus.errors import DataError
 from isthmus.state import State, first_float
-from isthmus.wording import told_by_fields
+from isthmus.wording.short import told_by_fields
 
 # What `check_data` accepts: a Dataset, a DataLoader, or anything else that yields its batches afresh whenever it is
 # iterated over, each in a form that `as_batch` knows: `(x, y)`, `x`, a dict of tensors, or a `Batch`.

@@ -10,7 +10,7 @@ from jaxtyping import Int64, Integer, Shaped
 from torch import Tensor
 
 from isthmus.errors import DataError, InputError
-from isthmus.wording import counted, shortened, told
+from isthmus.wording.short import counted, shortened, told
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 

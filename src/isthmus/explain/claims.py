@@ -13,7 +13,7 @@ from typing import Any
 from isthmus.errors import InputError
 from isthmus.explain.spectrum import LayerSpectrum, Spectra
 from isthmus.explain.taylor import TaylorBarrier
-from isthmus.wording import shortened, told
+from isthmus.wording.short import shortened, told
 
 HOLDS, PARTLY, FAILS = "holds", "holds partly", "does not"
 

@@ -23,7 +23,7 @@ from isthmus.progress import progress
 from isthmus.state import State, upcast
 from isthmus.symmetry.alignment import Alignment, apply
 from isthmus.symmetry.symmetry import Symmetry
-from isthmus.wording import told_by_fields
+from isthmus.wording.short import told_by_fields
 
 PARTS = ("top", "rest")
 

@@ -24,7 +24,7 @@ from isthmus.explain.target import Target
 from isthmus.observe.given import as_modules, symmetry_of
 from isthmus.progress import progress
 from isthmus.symmetry.symmetry import Symmetry
-from isthmus.wording import counted, shortened, told
+from isthmus.wording.short import counted, shortened, told
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from isthmus.data.batches import Batch, read_batches
 from isthmus.errors import DataError
 from isthmus.progress import progress
-from isthmus.wording import told_by_fields
+from isthmus.wording.short import told_by_fields
 
 # Square root of the covariance of red, green and blue over natural photographs (ImageNet), columns by falling variance.
 # Source: the constant `color_correlation_svd_sqrt` of Lucid (github.com/tensorflow/lucid), which has two digits.

@@ -17,7 +17,7 @@ from isthmus.observe.given import as_modules, symmetry_of
 from isthmus.observe.layers import take
 from isthmus.progress import progress
 from isthmus.symmetry.symmetry import Symmetry
-from isthmus.wording import told_by_fields
+from isthmus.wording.short import told_by_fields
 
 # Why a layer has no row in the matrix.
 NO_VARIANCE = "its units do not vary on this data"

@@ -11,7 +11,7 @@ from isthmus.observe.moments import SpaceMoments
 from isthmus.symmetry.spaces import Space
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import LinearMap, Transforms, as_matrix, flat_indices
-from isthmus.wording import told_by_fields
+from isthmus.wording.short import told_by_fields
 
 
 @dataclass(frozen=True, eq=False)

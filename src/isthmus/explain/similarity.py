@@ -18,7 +18,7 @@ from isthmus.errors import DataError, InputError
 from isthmus.observe.moments import CHUNK, JointMoments, Moments, SpaceMoments
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.transform import LinearMap, flat_indices
-from isthmus.wording import told_by_fields
+from isthmus.wording.short import told_by_fields
 
 # Relative precision of moments that were summed from float32 products of `CHUNK` rows; rounding adds up as a random
 # walk does.

@@ -28,7 +28,7 @@ from isthmus.state import State, upcast
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import move_state
-from isthmus.wording import counted, figure, shortened, told, told_by_fields
+from isthmus.wording.short import counted, figure, shortened, told, told_by_fields
 
 # Shares of a layer's largest singular value; the paper reports 0 and 0.3.
 THRESHOLDS = tuple(index / 10 for index in range(10))

@@ -19,7 +19,7 @@ from isthmus.measure.connect import interpolate
 from isthmus.observe.given import as_modules
 from isthmus.observe.score import IGNORED, Loss, are_classes, class_scores, cross_entropy, evaluate
 from isthmus.state import State, first_float
-from isthmus.wording import told_by_fields
+from isthmus.wording.short import told_by_fields
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.spaces import Site, Space
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import LinearMap
-from isthmus.wording import counted, shortened, told
+from isthmus.wording.short import counted, shortened, told
 
 # Correlation from which a merged unit counts as a model's feature. The mean of two unrelated units has 1/√2 = .71 with
 # each of them: a threshold below that would call such a mixture the feature of both.

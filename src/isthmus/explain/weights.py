@@ -15,7 +15,7 @@ from isthmus.errors import InputError
 from isthmus.observe.given import as_modules, symmetry_of
 from isthmus.state import State
 from isthmus.symmetry.symmetry import Symmetry
-from isthmus.wording import told_by_fields
+from isthmus.wording.short import told_by_fields
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from isthmus.data.batches import Batch
 from isthmus.errors import InputError, ModelError, TraceError
 from isthmus.graph.batch_size import first_mixing
-from isthmus.wording import counted, told
+from isthmus.wording.short import counted, told
 
 
 @dataclass(eq=False)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from isthmus.data.batches import Batch, Data, check_data
-from isthmus.errors import InputError
+from isthmus.errors import InputError, check_seed, kind_of
 from isthmus.graph.capture import Program
-from isthmus.kinds import check_seed, kind_of
 from isthmus.match.auto import Auto
 from isthmus.match.base import Match, MatchingProblem, match_folded
 from isthmus.match.methods import CANDIDATES

@@ -18,7 +18,7 @@ from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.gains import has_diagonal_sites
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import Permutation, Transform
-from isthmus.wording import told_by_fields
+from isthmus.wording.short import told_by_fields
 
 
 @dataclass(eq=False)

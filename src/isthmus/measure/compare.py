@@ -16,8 +16,7 @@ from torch import nn
 from isthmus.average import AVERAGES
 from isthmus.average.base import Average
 from isthmus.data.batches import Data, check_data, is_labelled
-from isthmus.errors import DataError, InputError, IsthmusError
-from isthmus.kinds import check_seed
+from isthmus.errors import DataError, InputError, IsthmusError, check_seed
 from isthmus.match.aligning import METHODS, configured_method
 from isthmus.match.base import Match, MatchingProblem, match_folded
 from isthmus.merging.merge import configured_average, merge_checked
@@ -28,7 +27,7 @@ from isthmus.progress import progress
 from isthmus.registry import check_choice, configure_text, spell
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry
-from isthmus.wording import counted, figure, told, told_by_fields
+from isthmus.wording.short import counted, figure, told, told_by_fields
 
 RAW = "raw"
 DEFAULT_AVERAGES = ("mean", "pleas")

@@ -9,15 +9,14 @@ from torch import nn
 
 from isthmus.average.mean import Mean
 from isthmus.data.batches import Data, check_data
-from isthmus.errors import DataError, InputError
-from isthmus.kinds import check_kind, check_whole, kind_of
+from isthmus.errors import DataError, InputError, check_kind, check_whole, kind_of
 from isthmus.merging.merge import merge_checked
 from isthmus.observe.given import as_modules, check_mixed
 from isthmus.observe.running_statistics import normalisation_layers, reset_statistics, running_statistics
 from isthmus.observe.score import Loss, Score, evaluate_checked
 from isthmus.progress import progress
 from isthmus.registry import did_you_mean
-from isthmus.wording import counted, figure, told
+from isthmus.wording.short import counted, figure, told
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from isthmus.data.batches import Data, check_data
-from isthmus.errors import InputError
-from isthmus.kinds import check_kind, check_seed
+from isthmus.errors import InputError, check_kind, check_seed
 from isthmus.match.aligning import configured_method
 from isthmus.match.base import Match, MatchingProblem, match_folded
 from isthmus.measure.connect import Curve, check_points, check_reset, connect_checked
@@ -23,7 +22,7 @@ from isthmus.symmetry.alignment import Alignment, apply
 from isthmus.symmetry.spaces import Space
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import Permutation, Transforms, as_matrix, compose, flat_indices
-from isthmus.wording import counted, figure, shortened, told
+from isthmus.wording.short import counted, figure, shortened, told
 
 Triangle = tuple[int, int, int]
 

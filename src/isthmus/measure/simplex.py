@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from isthmus.average.mean import Mean
 from isthmus.data.batches import Data, check_data
-from isthmus.errors import InputError, ModelError
-from isthmus.kinds import check_kind
+from isthmus.errors import InputError, ModelError, check_kind
 from isthmus.measure.connect import Curve, check_loss, check_points, check_reset, score_mixed
 from isthmus.merging.merge import merge_checked
 from isthmus.observe.given import ModelLike, as_modules, check_mixed, check_models
 from isthmus.observe.running_statistics import reset_statistics
 from isthmus.observe.score import Loss, evaluate_checked
 from isthmus.progress import progress
-from isthmus.wording import counted, figure, told
+from isthmus.wording.short import counted, figure, told
 
 EDGE_POINTS = 5  # places on an edge of a triangle: 15 in all, and its centre
 

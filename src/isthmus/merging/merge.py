@@ -10,9 +10,8 @@ from isthmus.average import AVERAGES
 from isthmus.average.base import Average, AveragingProblem
 from isthmus.average.coefficients import CoefficientsLike, check_coefficients
 from isthmus.data.batches import Data, check_data
-from isthmus.errors import DataError, InputError
+from isthmus.errors import DataError, InputError, check_kind, check_seed, kind_of
 from isthmus.graph.capture import tied_names
-from isthmus.kinds import check_kind, check_seed, kind_of
 from isthmus.merging.fold import fold_norm_gains
 from isthmus.merging.outcome import note_outcome
 from isthmus.observe.given import ModelLike, as_modules, as_own_modules, check_alignment, check_models, check_symmetry

@@ -18,9 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from isthmus.average.coefficients import CoefficientsLike, check_coefficients
 from isthmus.data.batches import Data, check_data
-from isthmus.errors import DataError, InputError, ModelError, TransformError
+from isthmus.errors import DataError, InputError, ModelError, TransformError, check_kind, kind_of
 from isthmus.graph.reader import Observer, observe
-from isthmus.kinds import check_kind, kind_of
 from isthmus.merging.outcome import note_outcome, outcome_of
 from isthmus.observe.given import ModelLike, as_modules, check_alignment, check_models, check_symmetry, find_symmetry
 from isthmus.observe.layers import shared_weights

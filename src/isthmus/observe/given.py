@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from isthmus.checkpoint.fitting import check_finite, check_state
 from isthmus.data.batches import Data, first_batch
-from isthmus.errors import InputError, SymmetryError
-from isthmus.kinds import check_kind, kind_of
+from isthmus.errors import InputError, SymmetryError, check_kind, kind_of
 from isthmus.state import State
 from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.symmetry import Symmetry

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isthmus.errors import DataError, SymmetryError
-from isthmus.wording import counted, told
+from isthmus.wording.short import counted, told
 
 # Rows of one float32 product; its sum is then added in float64, so rounding does not grow with the number of samples.
 CHUNK = 4096

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isthmus.data.batches import Data, read_batches
-from isthmus.errors import DataError, ModelError
-from isthmus.kinds import check_kind
+from isthmus.errors import DataError, ModelError, check_kind
 from isthmus.observe.given import as_modules
-from isthmus.wording import told_by_fields
+from isthmus.wording.short import told_by_fields
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -25,7 +25,7 @@ from isthmus.symmetry.alignment import Alignment
 from isthmus.symmetry.spaces import Site
 from isthmus.symmetry.traced_graph import BatchNorm
 from isthmus.symmetry.transform import Transform, from_front, move_site, to_front
-from isthmus.wording import counted, told
+from isthmus.wording.short import counted, told
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from isthmus.data.batches import Data
-from isthmus.errors import DataError, InputError, SymmetryError
-from isthmus.kinds import check_seed
+from isthmus.errors import DataError, InputError, SymmetryError, check_seed
 from isthmus.match.aligning import configured_method
 from isthmus.match.base import Match, MatchingProblem, match_timed
 from isthmus.match.nested import family_of, roots_of

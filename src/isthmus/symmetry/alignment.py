@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from isthmus.checkpoint.reading import load_state, read_metadata
 from isthmus.checkpoint.writing import save_state
-from isthmus.errors import InputError, TransformError
-from isthmus.kinds import check_kind, check_whole
+from isthmus.errors import InputError, TransformError, check_kind, check_whole
 from isthmus.symmetry.gains import fold_state
 from isthmus.symmetry.symmetry import Symmetry, check_counterpart
 from isthmus.symmetry.transform import LinearMap, Permutation, Transform, Transforms, compose, invert, move_state
-from isthmus.wording import counted, figure, told
+from isthmus.wording.short import counted, figure, told
 
 
 @dataclass(frozen=True, eq=False)

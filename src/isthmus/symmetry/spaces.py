@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from isthmus.errors import SymmetryError
-from isthmus.wording import counted, shortened, told, told_by_fields
+from isthmus.wording.short import counted, shortened, told, told_by_fields
 
 
 class Group(enum.Enum):

@@ -13,7 +13,8 @@ from isthmus.errors import SymmetryError
 from isthmus.symmetry.encoding import decode_site, encode_site
 from isthmus.symmetry.spaces import Consumer, Frozen, Gain, Gauge, Group, Site, Space
 from isthmus.symmetry.traced_graph import Graph
-from isthmus.wording import counted, html_table, plain_table, told
+from isthmus.wording.short import counted, told
+from isthmus.wording.tables import html_table, plain_table
 
 
 @dataclass(frozen=True, eq=False)

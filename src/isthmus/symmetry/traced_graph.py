@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from isthmus.graph.capture import Program
 from isthmus.symmetry.spaces import Site
-from isthmus.wording import counted, told
+from isthmus.wording.short import counted, told
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from isthmus.errors import ModelError, TransformError
 from isthmus.symmetry.spaces import Site, Space
 from isthmus.symmetry.symmetry import Symmetry
-from isthmus.wording import counted, told
+from isthmus.wording.short import counted, told
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from isthmus.symmetry.spaces import Group, Space
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.symmetry.transform import Permutation, Transform, Transforms, move_state
 from isthmus.tracing.random_network import DRAWS, Sample, draw_network
-from isthmus.wording import counted, told
+from isthmus.wording.short import counted, told
 
 # A control must exceed the tolerance by this factor to count as a change of the function, and not as rounding.
 CONTROL_FACTOR = 1e3

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from isthmus.errors import InputError
+from isthmus.errors import InputError, check_kind, kind_of
 from isthmus.graph.capture import capture, state_tensors, tied_names
-from isthmus.kinds import check_kind, kind_of
 from isthmus.symmetry.symmetry import Symmetry
 from isthmus.tracing.absorption import absorb_gains
 from isthmus.tracing.description import describe_frozen, describe_graph, describe_spaces

@@ -1,8 +1,7 @@
-"""How objects are told in short: one line of at most 200 characters that never holds whole arrays, and plain tables."""
+"""How objects are told in short: one line of at most 200 characters that never holds whole arrays."""
 
 import dataclasses
-import html
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor, nn
@@ -87,54 +86,3 @@ def _list_in_short(value: "Mapping[object, object] | Sequence[object] | set[obje
         inner = ", ".join(_in_short(each) for each in value)
         return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
     return f"<{counted(len(value), 'item')}>"
-
-
-def kind_of(value: object) -> str:
-    """What a value is, in words: `a Tensor of shape (2, 3)`, `a list of 2`, `the text 'x'`, `the class CCA`."""
-    if value is None or isinstance(value, bool):
-        return repr(value)
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if isinstance(value, str):
-        return f"the text {value if len(value) <= LONGEST_NAME else value[:LONGEST_NAME] + '…'!r}"
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    if isinstance(value, Tensor):
-        return f"a Tensor of shape {tuple(value.shape)}"
-    name = type(value).__name__
-    if isinstance(value, nn.Module):
-        return f"a model ({name})"
-    known_length = isinstance(value, list | tuple | set | frozenset | Mapping) and isinstance(value, Collection)
-    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}" + (f" of {len(value)}" if known_length else "")
-
-
-def plain_table(head: Sequence[str], rows: Sequence[Sequence[str | int]]) -> str:
-    """A table of aligned columns: numbers to the right, words to the left."""
-    texts = [list(head), *([f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows)]
-    widths = [max(len(line[column]) for line in texts) for column in range(len(head))]
-    right = [bool(rows) and isinstance(rows[0][column], int) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in texts
-    )
-
-
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str | int]], foot: str = "") -> str:
-    """The same table in HTML, with a line below it."""
-    heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td style="text-align: right">{cell:,}</td>'
-            if isinstance(cell, int)
-            else f'<td style="text-align: left">{html.escape(cell)}</td>'
-            for cell in row
-        )
-        + "</tr>"
-        for row in rows
-    )
-    below = f"<p>{html.escape(foot)}</p>" if foot else ""
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>{below}"

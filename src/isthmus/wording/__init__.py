@@ -1,0 +1,1 @@
+"""How objects are told: in one short line, and in plain tables."""
