@@ -441,7 +441,7 @@ def main() -> None:
     for name, job in jobs().items():
         if re.search(options.only, name):
             record.run(name, job)
-    options.out.write_text(json.dumps(record.values, indent=0, sort_keys=True, ensure_ascii=False) + "\n")
+            options.out.write_text(json.dumps(record.values, indent=0, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
