@@ -1,6 +1,6 @@
 """Every deliberate exception, and checks of arguments. A message is one line: what is wrong, where, what to do."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -91,5 +91,5 @@ def kind_of(value: object) -> str:
     name = type(value).__name__
     if isinstance(value, nn.Module):
         return f"a model ({name})"
-    known_length = isinstance(value, list | tuple | set | frozenset | Mapping) and isinstance(value, Collection)
-    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}" + (f" of {len(value)}" if known_length else "")
+    length = f" of {len(value)}" if isinstance(value, list | tuple | set | frozenset | Mapping) else ""
+    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}{length}"

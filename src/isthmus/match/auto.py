@@ -90,6 +90,7 @@ class Auto(Match):
         if held is None:
             judge, criterion = partial(_disagreement, problem), "negative inner product of the moved weights"
         else:
+            assert fitting is not None  # it was split from the data
             judge, criterion = judge_by(problem, fitting, held)
         methods = self.methods()
         for method in progress(methods, "trying methods"):

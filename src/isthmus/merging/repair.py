@@ -51,7 +51,7 @@ class Repair(Protocol):
     def __call__(
         self,
         merged: nn.Module,
-        data: Data | None,
+        data: Data,
         parents: Sequence[nn.Module],
         alignment: Alignment | None,
         coefficients: CoefficientsLike,
@@ -75,7 +75,7 @@ class Reset:
     def __call__(
         self,
         merged: nn.Module,
-        data: Data | None,
+        data: Data,
         parents: Sequence[nn.Module],
         alignment: Alignment | None,
         coefficients: CoefficientsLike,
@@ -113,7 +113,7 @@ class Rescale:
     def __call__(
         self,
         merged: nn.Module,
-        data: Data | None,
+        data: Data,
         parents: Sequence[nn.Module],
         alignment: Alignment | None,
         coefficients: CoefficientsLike,
@@ -169,7 +169,7 @@ def repair(
     """
     check_kind(merged, nn.Module, "merged", "give one module, what isthmus.merge returned")
     chosen = _configured_repair(method)
-    check_data(data)
+    data = check_data(data)
     given: Sequence[nn.Module] = ()
     if chosen.needs == "parents":
         if parents is None:
@@ -184,7 +184,7 @@ def repair(
 
 def repair_checked(
     merged: nn.Module,
-    data: Data | None,
+    data: Data,
     method: Repair,
     parents: Sequence[nn.Module] = (),
     alignment: Alignment | None = None,
@@ -271,7 +271,7 @@ class Point:
 
 def _rescale(
     merged: nn.Module,
-    data: Data | None,
+    data: Data,
     parents: Sequence[nn.Module],
     alignment: Alignment | None,
     coefficients: CoefficientsLike,

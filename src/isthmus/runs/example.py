@@ -122,7 +122,7 @@ def _from_data(model: nn.Module, data: DataSet, reference: Tensor) -> Batch:
         batch = as_batch(next(iter(data.test(samples)))[0]).to(reference.device, reference.dtype)
         if failure := _why_not(model, batch):
             few = batch.head(SAMPLES)
-            if samples > SAMPLES and len(few.args[0]) < len(batch.args[0]) and not _why_not(model, few):
+            if samples > SAMPLES and few.size < batch.size and not _why_not(model, few):
                 raise DataError(
                     f"the model runs on {SAMPLES} samples of {data.name} and not on {samples} ({failure}): "
                     "export it with a dynamic batch size"
