@@ -104,7 +104,7 @@ def states(draw):
 # ---- laws
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(state=states())
 def test_round_trip_is_bit_equal(state, tmp_path_factory):
     folder = tmp_path_factory.mktemp("round")
@@ -329,7 +329,7 @@ def test_damaged_safetensors(tmp_path, content, match):
     fails(CheckpointError, match, load_state, tmp_path / "a.safetensors")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), ending=st.sampled_from([".safetensors", ".pt", "legacy.pt"]))
 def test_any_damage_is_one_line_or_harmless(data, ending, tmp_path_factory):
     """Truncated or with bytes overwritten: an error of ours, or tensors; never another exception."""

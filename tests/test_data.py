@@ -47,7 +47,7 @@ def one_line(caught: pytest.ExceptionInfo[Exception]) -> str:
 @given(
     samples=st.integers(1, 40), size=st.integers(1, 45), seed=st.none() | st.integers(0, 9), count=st.integers(1, 50)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_batches_are_a_permutation_read_again_in_the_same_order(samples, size, seed, count):
     x, y = torch.arange(samples)[:, None], torch.arange(samples)
     batches = Batches(x, y, size, seed=seed)
@@ -156,7 +156,7 @@ def test_parts_refuse_impossible_sizes(digits):
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_stretch_of_the_stratified_order_is_in_proportion(labels):
     y = torch.tensor(labels)
     order = stratified_order(y)
@@ -175,7 +175,7 @@ def test_every_stretch_of_the_stratified_order_is_in_proportion(labels):
 @given(
     kind=st.sampled_from(["none", "80-20", "dirichlet", "classes"]), models=st.integers(1, 4), seed=st.integers(0, 50)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_split_hands_out_every_sample_once_and_again_the_same(kind, models, seed):
     y = torch.arange(200) % 8
     if kind == "80-20" and models != 2:

@@ -21,7 +21,7 @@ from isthmus.tracing.proof import _stirred
 EPS64, EPS32 = (float(torch.finfo(dtype).eps) for dtype in (torch.float64, torch.float32))
 SEEDS = st.integers(0, 2**32 - 1)
 NESTED = ["GroupNormResidual", "GroupedConv", "GroupedShuffle", "Attention", "GroupedQueries", "Repeat", "ShuffleUnits"]
-laws = settings(max_examples=25, deadline=None)
+laws = settings(max_examples=25)
 
 
 SIZES = st.tuples(*[st.integers(1, 3)] * 4, st.integers(1, 2))

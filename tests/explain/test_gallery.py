@@ -102,7 +102,7 @@ def drawn(scored, **options):
 # ---- which units
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=20), st.integers(1, 4))
 def test_the_best_the_middle_and_the_worst_are_chosen(scores, each):
     merged = torch.tensor(scores, dtype=torch.float64).T
@@ -121,7 +121,7 @@ def test_the_best_the_middle_and_the_worst_are_chosen(scores, each):
         assert abs(place - (len(scores) - place - each)) <= 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_spaces_are_evenly_spaced(count, wanted):
     names = [str(index) for index in range(count)]

@@ -160,7 +160,7 @@ def best_value(a: torch.nn.Module, b: torch.nn.Module, sym: isthmus.Symmetry) ->
     return best
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(widths=st.sampled_from(WIDTHS), seeds=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)))
 def test_objective_is_at_most_the_optimum_and_that_at_most_the_bound(widths, seeds):
     a, b = (tiny(seed, widths) for seed in seeds)

@@ -27,7 +27,7 @@ from isthmus.tracing.labels import (
 from isthmus.tracing.relations import close_relations
 from isthmus.tracing.units import WILDCARD, UnitTable
 
-laws = settings(max_examples=60, deadline=None)
+laws = settings(max_examples=60)
 
 
 def allowed(units: UnitTable, *axes: np.ndarray) -> list[dict[int, int]]:
