@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import isthmus
-from helpers.pairs import CNN, MLP, VGG_BN, data_of, lively, stir, symmetry
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, lively, structure, symmetry
 from helpers.refusals import refuses
-from helpers.zoo import ZOO as STRUCTURES
 from isthmus.data import Batch
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.match.base import MatchingProblem, identity_transforms
@@ -53,13 +52,6 @@ SEVERAL = (
     "GroupedConv",
     "GroupedQueries",
 )
-
-
-def structure(name: str, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    model = STRUCTURES[name]().eval()
-    stir(model, seed)
-    return model
 
 
 def task_of(spec: str, batch: int = 100, data=None) -> TaskLoss:

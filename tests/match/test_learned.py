@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import isthmus
-from helpers.pairs import CNN, MLP, VGG_BN, data_of, lively, planted, stir, symmetry, trained
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, lively, planted, structures, symmetry, trained
 from helpers.refusals import refuses
 from helpers.zoo import ZOO as STRUCTURES
 from isthmus.errors import DataError, InputError
@@ -35,21 +35,6 @@ def doubles(spec: str, count: int = 2) -> tuple[nn.Module, ...]:
     return tuple(copy.deepcopy(trained(spec, seed)).double() for seed in range(count))
 
 
-@cache
-def structures(name: str, count: int = 2):
-    """Networks, their symmetry, and inputs with random classes."""
-    models = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        models.append(STRUCTURES[name]().eval())
-        stir(models[-1], seed)
-    (x,), _ = models[0].inputs(samples=40)
-    with torch.no_grad():
-        *shape, classes = models[0](x).shape
-    y = torch.randint(classes, shape, generator=torch.Generator().manual_seed(0))
-    return models, isthmus.trace(models[0], x[:2]), [(x[:20], y[:20]), (x[20:], y[20:])]
-
-
 def latents_of(group: str, seed: int = 0, spec: str = SMALL) -> Latents:
     """Latents at a random start, moved away from where they begin."""
     models, sym = doubles(spec), symmetry(spec)
@@ -70,7 +55,7 @@ def rows_of(transforms) -> list[np.ndarray]:
 # The maps
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(0, 99))
 def test_cayley_maps_are_rotations_of_the_start(seed):
     latents = latents_of("orthogonal", seed)
@@ -85,7 +70,7 @@ def test_cayley_maps_are_rotations_of_the_start(seed):
         np.testing.assert_allclose(found.into[0].numpy(), oracle.cayley(free) @ start, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(0, 99))
 def test_the_way_back_undoes_the_way_into_the_frame(seed):
     for group in ("permutation", "orthogonal", "invertible"):

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import isthmus
-from helpers.pairs import CNN, MLP, VGG_BN, data_of, lively, planted, stir, symmetry, trained
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, lively, planted, structures, symmetry, trained
 from helpers.refusals import refuses
-from helpers.zoo import ZOO as STRUCTURES
 from isthmus.data import Batch
 from isthmus.errors import DataError, InputError
 from isthmus.match.assignment import assignment_value, solve_lap
@@ -31,21 +30,6 @@ LOSSES = pytest.mark.parametrize("loss", ["l2", "midpoint", "random"])
 @cache
 def doubles(spec: str, count: int = 2) -> tuple[nn.Module, ...]:
     return tuple(copy.deepcopy(trained(spec, seed)).double() for seed in range(count))
-
-
-@cache
-def structures(name: str, count: int = 2):
-    """Networks, their symmetry, and inputs with random classes."""
-    models = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        models.append(STRUCTURES[name]().eval())
-        stir(models[-1], seed)
-    (x,), _ = models[0].inputs(samples=40)
-    with torch.no_grad():
-        *shape, classes = models[0](x).shape
-    y = torch.randint(classes, shape, generator=torch.Generator().manual_seed(0))
-    return models, isthmus.trace(models[0], x[:2]), [(x[:20], y[:20]), (x[20:], y[20:])]
 
 
 def rows_of(transforms) -> list[np.ndarray]:
@@ -70,7 +54,7 @@ def test_the_turns_are_the_transcriptions(seed, size, temperature, turns):
     assert torch.equal(found.back, found.into.transpose(1, 2))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 99), st.integers(1, 9), st.sampled_from([0.3, 1.0, 10.0]))
 def test_columns_sum_to_one_after_any_turn_and_rows_after_many(seed, size, temperature):
     """Of n rows, Σ |row − 1| never grows, and after k turns it is below n √(2 (2 log n + spread / τ) / k).
@@ -93,7 +77,7 @@ def test_columns_sum_to_one_after_any_turn_and_rows_after_many(seed, size, tempe
         assert before < 1e-9
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 99))
 def test_what_is_added_to_a_row_or_column_cancels(seed):
     x = latent(seed, 6)
@@ -106,7 +90,7 @@ def test_what_is_added_to_a_row_or_column_cancels(seed):
     torch.testing.assert_close(*limits, rtol=0, atol=1e-8)  # a column's in the limit of many turns
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 99), st.integers(2, 7), st.sampled_from([1.0, 0.1, 0.02]))
 def test_cooling_tends_to_the_value_of_the_assignment(seed, size, temperature):
     """P maximises ⟨X, P⟩ + τ H(P) with 0 ≤ H ≤ n log n, so that ⟨X, P⟩ is within τ n log n of the best assignment's."""

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 import isthmus
-from helpers.pairs import CNN, MLP, VGG_BN, data_of, lively, planted, stir, symmetry, trained
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, lively, planted, structures, symmetry, trained
 from helpers.refusals import refuses
-from helpers.zoo import ZOO as STRUCTURES
 from isthmus.errors import DataError, InputError
 from isthmus.match.base import MatchingProblem, identity_transforms
 from isthmus.match.coordinate_ascent import _random_start
@@ -30,21 +29,6 @@ NESTED = ("Attention", "GroupNorm", "GroupedConv", "GroupedQueries", "TiedEmbedd
 @cache
 def doubles(spec: str, count: int) -> tuple[nn.Module, ...]:
     return tuple(copy.deepcopy(trained(spec, seed)).double() for seed in range(count))
-
-
-@cache
-def structures(name: str, count: int = 2):
-    """Networks, their symmetry, and inputs with random classes."""
-    models = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        models.append(STRUCTURES[name]().eval())
-        stir(models[-1], seed)
-    (x,), _ = models[0].inputs(samples=40)
-    with torch.no_grad():
-        *shape, classes = models[0](x).shape
-    y = torch.randint(classes, shape, generator=torch.Generator().manual_seed(0))
-    return models, isthmus.trace(models[0], x[:2]), [(x[:20], y[:20]), (x[20:], y[20:])]
 
 
 def rows_of(transforms) -> list[np.ndarray]:
