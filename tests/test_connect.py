@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import isthmus
-from helpers.pairs import CNN, MLP, RESNET20, data_of, fresh, lively, symmetry, trained
+from helpers.pairs import CNN, MLP, RESNET20, data_of, fresh, learnt, lively, symmetry, trained
 from helpers.refusals import refuses
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.measure.connect import Curve, _barrier_of, interpolate
@@ -65,10 +65,11 @@ def test_a_curve_is_plain_json():
 
 @pytest.mark.parametrize("name", [MLP, CNN])
 def test_a_score_is_the_mean_over_all_samples(name):
-    model = trained(name, 0)
-    batches = [(x[:size], y[:size]) for (x, y), size in zip(data_of(name), (100, 37, 1), strict=False)]
+    model = copy.deepcopy(trained(name, 0)).double()
+    batches = [(x[:size].double(), y[:size]) for (x, y), size in zip(data_of(name), (100, 37, 1), strict=False)]
     score = isthmus.evaluate(model, batches)
-    assert score.loss == pytest.approx(oracle.mean_loss(model, batches), rel=1e-6)
+    # float64; the oracle takes one sample at a time, whose sums are in another order: 1e-16 · √1,000 terms a layer
+    assert score.loss == pytest.approx(oracle.mean_loss(model, batches), rel=1e-12)
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
     assert score.accuracy == right / 138
@@ -215,14 +216,14 @@ def test_every_point_is_the_merge_with_those_coefficients(repair):
 
 
 def test_reset_and_raw_stand_beside_each_other():
-    a, b = trained(CNN, 0), trained(CNN, 1)
+    a, b = learnt(CNN, 0), learnt(CNN, 1)
     both = isthmus.connect(a, b, data_of(CNN), 3, calibration=data_of(CNN))
     raw = isthmus.connect(a, b, data_of(CNN), 3, None)
     assert both.repair == "reset"
     assert raw.repair is None
     assert both.raw_losses == raw.raw_losses == raw.losses
     assert both.losses != both.raw_losses
-    assert both.losses[1] < both.raw_losses[1]
+    assert both.losses[1] < both.raw_losses[1] - 0.2  # measured: 1.7 and 2.2
 
 
 def test_without_batch_norm_there_is_nothing_to_reset():
@@ -247,10 +248,10 @@ def test_turning_the_line_round_turns_the_curve_round():
 
 
 def test_matching_lowers_the_barrier_of_trained_models():
-    a, b = trained(MLP, 0), trained(MLP, 1)
+    a, b = learnt(MLP, 0), learnt(MLP, 1)
     moved = isthmus.apply(isthmus.align([a, b], symmetry(MLP)), b, 1)
     naive, matched = (isthmus.connect(a, other, data_of(MLP), 5).barrier for other in (b, moved))
-    assert 0 < matched < naive
+    assert 0 < matched < naive - 0.5  # measured: 0.9 and 2.3
 
 
 def test_the_models_are_left_as_they_were_and_needs_repair_does_not_matter():

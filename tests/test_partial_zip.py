@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import isthmus
-from helpers.pairs import CNN, MLP, VGG_BN, data_of, inputs_of, lively, planted, stir, symmetry, trained
+from helpers.pairs import CNN, MLP, VGG_BN, data_of, inputs_of, learnt, lively, planted, stir, symmetry, trained
 from helpers.refusals import refuses
 from helpers.zoo import ZOO as STRUCTURES
 from isthmus.data import Batch
@@ -206,7 +206,7 @@ def test_the_trunks_statistics_are_those_of_the_merged_network():
 
 
 def test_the_heads_statistics_are_measured_if_asked_for():
-    models = [trained(VGG_BN, seed) for seed in range(2)]
+    models = [learnt(VGG_BN, seed) for seed in range(2)]
     zipped = isthmus.partial_zip(models, data_of(VGG_BN), roots(symmetry(VGG_BN))[2])
     before = copy.deepcopy(zipped.state_dict())
     again = zipped.reset(data_of(VGG_BN), heads=True)
@@ -217,18 +217,19 @@ def test_the_heads_statistics_are_measured_if_asked_for():
         else:
             assert not torch.equal(tensor, before[key]), key
     zipped_loss, again_loss = (sum(s.loss for s in z.evaluate([data_of(VGG_BN)] * 2)) for z in (zipped, again))
-    assert again_loss < zipped_loss
+    assert again_loss < zipped_loss - 0.3  # measured: 0.7 and 1.6
 
 
 def test_a_later_stop_shares_more_and_costs_more():
-    models = [trained(VGG_BN, seed) for seed in range(2)]
+    models = [learnt(VGG_BN, seed) for seed in range(2)]
     shared, losses = [], []
     for stop in (roots(symmetry(VGG_BN))[0], roots(symmetry(VGG_BN))[3], None):
         zipped = isthmus.partial_zip(models, data_of(VGG_BN), stop).reset(data_of(VGG_BN), heads=True)
         shared.append(sum(t.numel() for t in zipped.trunk.tensors().values()))
         losses.append(sum(score.loss for score in zipped.evaluate([data_of(VGG_BN)] * 2)))
     assert shared[0] < shared[1] < shared[2]
-    assert losses[0] < losses[2]
+    assert losses[0] < losses[1] - 0.5  # measured: 0.02, 1.6 and 3.4
+    assert losses[1] < losses[2] - 0.5
 
 
 def test_any_batch_size_a_loaded_state_copies_and_gradients():

@@ -6,7 +6,20 @@ import torch.nn.functional as F
 from torch import nn
 
 import isthmus
-from helpers.pairs import CNN, MLP, RESNET20, VGG_BN, data_of, fresh, inputs_of, lively, planted, symmetry, trained
+from helpers.pairs import (
+    CNN,
+    MLP,
+    RESNET20,
+    VGG_BN,
+    data_of,
+    fresh,
+    inputs_of,
+    learnt,
+    lively,
+    planted,
+    symmetry,
+    trained,
+)
 from helpers.refusals import refuses
 from isthmus import Alignment, LinearMap
 from isthmus.errors import DataError, InputError, ModelError, TransformError
@@ -388,11 +401,14 @@ def test_precision_is_kept(method, dtype):
 
 @pytest.mark.parametrize("name", [CNN, VGG_BN])
 def test_repairing_a_trained_merge_lowers_its_loss(name):
-    models, _, merged, alignment = aligned(name, [trained(name, 0), trained(name, 1)])
+    models = [learnt(name, 0), learnt(name, 1)]
+    alignment = isthmus.align(models, symmetry(name), "activation_matching", data=data_of(name))
+    merged = isthmus.merge(models, alignment)
     before = isthmus.evaluate(merged, data_of(name)).loss
     for method in ("reset", "repair"):
         mended = isthmus.repair(merged, data_of(name), method, parents=models, alignment=alignment)
-        assert isthmus.evaluate(mended, data_of(name)).loss < before
+        # Measured: from 1.5 and 2.5, a loss of chance, to 0.8 and 1.5.
+        assert isthmus.evaluate(mended, data_of(name)).loss < before - 0.3
 
 
 # Refusals

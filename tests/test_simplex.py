@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import isthmus
-from helpers.pairs import CNN, MLP, data_of, fresh, lively, trained
+from helpers.pairs import CNN, MLP, data_of, fresh, learnt, lively, trained
 from helpers.refusals import refuses
 from isthmus.errors import DataError, InputError, ModelError
 from isthmus.measure.simplex import (
@@ -236,13 +236,13 @@ def test_nothing_is_changed_and_the_same_call_gives_the_same():
 
 
 def test_matching_lowers_the_barrier_of_three_trained_models():
-    models = three(MLP)
+    models = [learnt(MLP, seed) for seed in range(3)]
     symmetry = isthmus.trace(models[0], data_of(MLP)[0][0])
     alignment = isthmus.align(models, symmetry)
     moved = [isthmus.apply(alignment, model, index) for index, model in enumerate(models)]
     naive, aligned = (isthmus.walk_simplex(each, data_of(MLP), 3) for each in (models, moved))
-    assert 0 < aligned.barrier < naive.barrier
-    assert 0 < aligned.centre_barrier < naive.centre_barrier
+    assert 0 < aligned.barrier < naive.barrier - 0.3  # measured: 1.2 and 2.3
+    assert 0 < aligned.centre_barrier < naive.centre_barrier - 0.3  # 1.2 and 2.0
 
 
 # The plane
@@ -320,7 +320,6 @@ def test_barycentric_coefficients_give_the_point_back(width, along, height, x, y
         assert _barycentric(corners, *corner) == pytest.approx([float(m == n) for n in range(3)], abs=1e-12)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=3), st.integers(2, 12), st.floats(0, 1))
 def test_grid_lines_run_through_the_models_and_are_about_evenly_spaced(through, points, margin):
     low, high = min(through), max(through)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import isthmus
-from helpers.pairs import CNN, MLP, RESNET20, VGG_BN, data_of, fresh, lively, symmetry, trained
+from helpers.pairs import CNN, MLP, RESNET20, VGG_BN, data_of, fresh, learnt, lively, symmetry, trained
 from isthmus.average.pleas import PLeaS
 from isthmus.errors import DataError, InputError
 from isthmus.observe.layers import folded, layers_of
@@ -55,12 +55,13 @@ def test_it_is_ridge_regression_layer_by_layer():
 
 @pytest.mark.parametrize("name", [MLP, CNN, VGG_BN, RESNET20])
 def test_it_lowers_the_loss_of_the_mean(name):
-    models = [trained(name, seed) for seed in range(2)]
+    models = [learnt(name, seed) for seed in range(2)]
     found = isthmus.align(models, symmetry(name), "activation_matching", data=data_of(name))
     mean = isthmus.repair(isthmus.merge(models, found), data_of(name))
     fitted = isthmus.merge(models, found, "pleas", data=data_of(name))
     assert not fitted.needs_repair
-    assert isthmus.evaluate(fitted, data_of(name)).loss < isthmus.evaluate(mean, data_of(name)).loss
+    # Measured: from 0.7 to 3.0 down to 0.02 to 0.6.
+    assert isthmus.evaluate(fitted, data_of(name)).loss < isthmus.evaluate(mean, data_of(name)).loss - 0.3
 
 
 @pytest.mark.parametrize("name", [VGG_BN, RESNET20])

@@ -17,10 +17,11 @@ from helpers.pairs import (
     TRAINED,
     VGG_BN,
     data_of,
+    learnt,
     lively,
     planted,
     spec_of,
-    stir,
+    structure,
     symmetry,
     trained,
 )
@@ -58,13 +59,9 @@ def case(name: str, count: int = 3) -> tuple[tuple[nn.Module, ...], isthmus.Symm
     """Networks in float64 and their symmetry."""
     if name not in STRUCTURES:
         return tuple(copy.deepcopy(lively(name, seed)).double() for seed in range(count)), symmetry(name)
-    models = []
-    for seed in range(count):
-        torch.manual_seed(seed)
-        models.append(STRUCTURES[name]().eval())
-        stir(models[-1], seed)
+    models = [structure(name, seed) for seed in range(count)]
     args, kwargs = models[0].inputs()
-    return tuple(model.double() for model in models), isthmus.trace(STRUCTURES[name]().eval(), *args, kwargs=kwargs)
+    return tuple(model.double() for model in models), isthmus.trace(structure(name), *args, kwargs=kwargs)
 
 
 def relaxed_of(models, sym, moving=None) -> RelaxedObjective:
@@ -233,7 +230,7 @@ def test_from_the_same_start_it_never_ends_below_weight_matching(name, count, ki
 def test_on_trained_networks_frank_wolfe_itself_ends_above_weight_matching_more_often_than_not():
     wins = []
     for name in (MLP, CNN):
-        for pair in itertools.combinations([trained(name, seed) for seed in range(3)], 2):
+        for pair in itertools.combinations([learnt(name, seed) for seed in range(3)], 2):
             started, rival = isthmus.align(pair, symmetry(name), C2M3(restarts=1)).details["starts"]
             wins.append(started["polished"] >= rival["polished"])
     assert sum(wins) > len(wins) / 2

@@ -18,6 +18,7 @@ from helpers.pairs import (
     VGG_BN,
     data_of,
     inputs_of,
+    learnt,
     lively,
     planted,
     stir,
@@ -208,12 +209,12 @@ def test_models_of_several_widths_become_one_of_the_firsts(name, way):
 
 
 def test_fusing_with_a_wider_model_beats_averaging_noise():
-    a, b = trained(MLP, 0), trained(WIDE[MLP], 1)
+    a, b = learnt(MLP, 0), learnt(WIDE[MLP], 1)
     losses = {}
     for name, other in (("trained", b), ("fresh", lively(WIDE[MLP], 1))):
         found = isthmus.align([a, other], None, "ot_fusion", data=data_of(MLP))
         losses[name] = isthmus.evaluate(isthmus.merge([a, other], found), data_of(MLP)).loss
-    assert losses["trained"] < losses["fresh"]
+    assert losses["trained"] < losses["fresh"] - 0.3  # measured: 1.0 and 1.9
 
 
 def several_widths() -> tuple[list[nn.Module], Alignment]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import isthmus
-from helpers.pairs import MLP, VGG_BN, data_of, symmetry, trained
+from helpers.pairs import MLP, VGG_BN, data_of, learnt, symmetry, trained
 from isthmus.errors import InputError, TransformError
 from isthmus.match.subset_selection import SubsetSelection, _greedy_subset, _select_units
 from isthmus.symmetry import LinearMap
@@ -58,24 +58,24 @@ def test_identical_models_keep_every_pair_once():
 
 
 def test_the_choice_explains_more_than_the_means():
-    models = [trained(VGG_BN, seed) for seed in range(3)]
+    models = [learnt(VGG_BN, seed) for seed in range(3)]
     for count in (2, 3):
         found = isthmus.align(models[:count], symmetry(VGG_BN), "subset_selection", data=data_of(VGG_BN))
         spaces = found.details["spaces"].values()
         assert spaces
-        # greedy is not optimal: single spaces may lose a little, all together must not
+        # greedy is not optimal: single spaces may lose a little, all together must not (0.2 to 0.8 of it is left)
         assert sum(s["unexplained"] for s in spaces) < sum(s["unexplained_by_means"] for s in spaces)
         assert all(sum(s["kinds"]) == symmetry(VGG_BN)[name].size for name, s in found.details["spaces"].items())
 
 
 def test_it_merges_better_than_its_pairing():
-    models = [trained(MLP, seed) for seed in range(2)]
+    models = [learnt(MLP, seed) for seed in range(2)]
 
     def loss(method: str) -> float:
         found = isthmus.align(models, symmetry(MLP), method, data=data_of(MLP))
         return isthmus.evaluate(isthmus.merge(models, found), data_of(MLP)).loss
 
-    assert loss("subset_selection") < loss("activation_matching")
+    assert loss("subset_selection") < loss("activation_matching") - 0.2  # measured: 0.2 and 0.8
 
 
 def test_repair_refuses_linear_maps():
