@@ -127,7 +127,7 @@ def _layer_nodes(symmetry: Symmetry) -> dict[str, str]:
     Raises:
         SymmetryError: The graph has none.
     """
-    graph = symmetry.traced
+    graph = symmetry.graph
     if graph is None or not graph.contractions:
         raise SymmetryError("the graph has no product with a weight: there is no layer to compare")
     nodes: list[fx.Node] = list(graph.program.graph.nodes)

@@ -45,7 +45,7 @@ class Target:
     def __init__(self, model: nn.Module, symmetry: Symmetry, space: str, at: str, place: int) -> None:
         check_at(at)
         found = symmetry[space]
-        graph = symmetry.traced
+        graph = symmetry.graph
         if graph is None:
             raise InputError("the symmetry holds no graph to read units from: give data=, or what trace returned")
         nodes = (graph.pre if at == "pre" else graph.post).get(space) or ()

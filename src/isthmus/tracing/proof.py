@@ -171,7 +171,7 @@ def _runnable(model: nn.Module) -> nn.Module:
 
 def _rounding(symmetry: Symmetry, eps: float) -> float:
     """The largest relative change of outputs that rounding explains, from the longest sum and the number of sums."""
-    graph = symmetry.traced
+    graph = symmetry.graph
     depth = (
         len(symmetry.shapes) if graph is None else sum(1 for n in graph.program.graph.nodes if n.op == "call_function")
     )
