@@ -16,7 +16,7 @@ from torch import nn
 
 import isthmus
 from helpers.pairs import inputs_of, lively
-from isthmus.average import AVERAGES
+from isthmus.average import AVERAGES, Average
 from isthmus.average.fisher import Fisher
 from isthmus.average.regmean import RegMean
 from isthmus.cli.commands import main
@@ -211,12 +211,13 @@ def test_a_tied_tensor_gets_what_the_average_found_for_it(average):
     chosen = AVERAGES[average]()
     seen: dict[str, torch.Tensor] = {}
 
-    class Watched:
+    class Watched(Average):
         name, needs = chosen.name, chosen.needs
 
         def __call__(self, aligned):
-            seen.update(chosen(aligned))
-            return dict(seen)
+            found = chosen(aligned)
+            seen.update(found.state)
+            return found
 
     merged = isthmus.merge(models, None, Watched(), data=data(TIED), base=base)
     assert merged.head.weight is merged.tokens.weight

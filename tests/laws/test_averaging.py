@@ -53,9 +53,8 @@ def test_every_entry_of_the_table_is_an_average_of_that_name():
 @EVERY_NETWORK
 def test_the_average_of_one_model_is_that_model(name, average):
     models = [lively(name, seed) for seed in range(3)]
-    merged = [merge(average, name, models[:1])]
-    for index in range(3):
-        merged.append(merge(average, name, models, coefficients=[float(index == other) for other in range(3)]))
+    alone = [[float(index == other) for other in range(3)] for index in range(3)]
+    merged = [merge(average, name, models[:1]), *(merge(average, name, models, coefficients=each) for each in alone)]
     for found, model in zip(merged, [models[0], *models], strict=True):
         if average == "mean" or AVERAGES[average].fits:
             assert all(torch.equal(tensor, found.state_dict()[key]) for key, tensor in model.state_dict().items())
