@@ -11,7 +11,7 @@ from isthmus.explain.claims import FAILS, HOLDS, PARTLY
 from isthmus.explain.questions import (
     COLLAPSED,
     LEAST_DIFFERENCE,
-    MENDED,
+    REPAIRED,
     SURVIVES,
     _by_depth,
     _by_matching,
@@ -189,11 +189,11 @@ def test_without_top_images_correlation_decides(correlation, verdict):
     [
         (COLLAPSED - A_BIT, 1.0, HOLDS),
         (COLLAPSED + A_BIT, 1.0, PARTLY),
-        (COLLAPSED - A_BIT, MENDED[0] + A_BIT, HOLDS),
-        (COLLAPSED - A_BIT, MENDED[0] - A_BIT, PARTLY),
-        (COLLAPSED - A_BIT, MENDED[1] - A_BIT, HOLDS),
-        (COLLAPSED - A_BIT, MENDED[1] + A_BIT, PARTLY),
-        (COLLAPSED + A_BIT, MENDED[1] + A_BIT, FAILS),
+        (COLLAPSED - A_BIT, REPAIRED[0] + A_BIT, HOLDS),
+        (COLLAPSED - A_BIT, REPAIRED[0] - A_BIT, PARTLY),
+        (COLLAPSED - A_BIT, REPAIRED[1] - A_BIT, HOLDS),
+        (COLLAPSED - A_BIT, REPAIRED[1] + A_BIT, PARTLY),
+        (COLLAPSED + A_BIT, REPAIRED[1] + A_BIT, FAILS),
     ],
 )
 def test_repair_gives_variance_back(before, after, verdict):

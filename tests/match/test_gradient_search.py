@@ -23,10 +23,10 @@ from isthmus.match.gradient_search import (
     _alike,
     _parts_of,
     check_search,
-    combine,
     follow,
     gradients_of,
     matrices,
+    mix_states,
     move_softly,
     search,
     working_states,
@@ -224,7 +224,7 @@ def test_permutation_matrices_have_their_ones_where_units_come_from():
 
 def test_combining_takes_integers_from_the_first():
     states = [{"w": torch.tensor([float(i)]), "n": torch.tensor(i)} for i in (1, 2, 4)]
-    merged = combine(states, [0.5, 0.25, 0.25])
+    merged = mix_states(states, [0.5, 0.25, 0.25])
     assert merged == {"w": torch.tensor([2.0]), "n": torch.tensor(1)}
 
 

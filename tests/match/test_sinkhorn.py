@@ -16,7 +16,7 @@ from isthmus.data import Batch
 from isthmus.errors import DataError, InputError
 from isthmus.match.assignment import assignment_value, solve_lap
 from isthmus.match.base import MatchingProblem
-from isthmus.match.gradient_search import TaskLoss, combine, move_softly
+from isthmus.match.gradient_search import TaskLoss, mix_states, move_softly
 from isthmus.match.sinkhorn import LAMBDAS, Sinkhorn, _doubly_stochastic, _rounded, _squared_distance
 from isthmus.symmetry.transform import invert
 from oracles import sinkhorn as oracle
@@ -159,7 +159,7 @@ def test_the_gradient_of_a_loss_is_the_one_by_hand(loss):
     if loss == "l2":
         value = _squared_distance(fixed, state, frozenset(name for name, _ in models[0].named_parameters()))
     else:
-        value = task.at(combine([fixed, state], [1 - t, t]), Batch((x,), {}, y))
+        value = task.at(mix_states([fixed, state], [1 - t, t]), Batch((x,), {}, y))
     found = torch.autograd.grad(value, list(points.values()))
     a, b = (layers_of(model) for model in models)
 
