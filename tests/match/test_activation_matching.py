@@ -107,7 +107,9 @@ def test_covariance_prefers_strong_units_where_correlation_does_not():
         b[0].weight.copy_(torch.tensor([[0.1, 0.0], [6.0, 8.0]]))
     sym = isthmus.trace(a, x[:2])
     chosen = {
-        similarity: isthmus.align([a, b], sym, ActivationMatching("pre", similarity), data=[x]).transforms[1]
+        similarity: isthmus.align(
+            [a, b], sym, ActivationMatching(at="pre", similarity=similarity), data=[x]
+        ).transforms[1]
         for similarity in ("correlation", "covariance")
     }
     # expected correlations [[1, 0.6], [0, 0.8]], covariances [[1, 60], [0, 8]]

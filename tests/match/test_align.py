@@ -1,5 +1,4 @@
 import copy
-import inspect
 import re
 
 import numpy as np
@@ -118,12 +117,6 @@ def test_it_refuses(what):
     changed, kind, told = REFUSED[what]
     with refuses(kind, re.escape(told)):
         isthmus.align(**{**GOOD, **changed})
-
-
-def test_a_class_is_no_configured_method():
-    align = inspect.unwrap(isthmus.align)  # without the type checks of the tests, which come first
-    with refuses(InputError, "configured method"):
-        align(MODELS, symmetry(MLP), WeightMatching)
 
 
 @pytest.mark.parametrize(
